@@ -1,0 +1,125 @@
+"""The `lever-grpo` command: one sub-command a function, each with its parser beside it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+from collections.abc import Sequence
+
+
+ENVIRONMENT = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "numpy", "pyarrow", "safetensors")
+
+
+def add_inspect(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("inspect", help="health report of a beam log", description=inspect_command.__doc__)
+    parser.add_argument("log", nargs="+", help="beam log of any known format: files, folders or patterns")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 when there are warnings")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--pools", metavar="FILE", help="candidate pools, for logs that do not hold them")
+    parser.add_argument(
+        "--embeddings", metavar="PATH", help="embeddings to check against: .safetensors, .npy, or a folder"
+    )
+    parser.add_argument("--shots", type=int, nargs="+", help="look at these lengths only, one group a length")
+    parser.add_argument("--score-column", metavar="NAME", help="reward column to take as the score")
+    parser.add_argument("--lower-is-better", action="store_true", help="the best sequence has the lowest score")
+    parser.set_defaults(run=inspect_command)
+
+
+def inspect_command(args: argparse.Namespace) -> int:
+    """Read a beam log (nothing is written) and report its groups, lengths, pools, scores, ties and contrast, with
+    warnings.
+
+    Where pools are missing they are rebuilt from the beams, which is one of the warnings.
+    """
+    from .data import EmbeddingStore, inspect_log, load_beams, print_report
+
+    # the report says what was dropped; the loader need not say it too
+    logging.getLogger("lever_grpo.data").setLevel(logging.ERROR)
+    store = None if args.embeddings is None else EmbeddingStore.open(args.embeddings)
+    groups = load_beams(
+        args.log,
+        candidate_pools=args.pools,
+        rebuild_pools=True,
+        shots=args.shots,
+        score_column=args.score_column,
+        higher_is_better=not args.lower_is_better,
+        streaming=True,
+    )
+    report = inspect_log(groups, store=store)
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print_report(report, title=", ".join(args.log))
+    return 1 if args.strict and report.warnings else 0
+
+
+def add_env(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("env", help="versions, for a bug report", description=env_command.__doc__)
+    parser.set_defaults(run=env_command)
+
+
+def env_command(args: argparse.Namespace) -> int:
+    """Print the versions that a bug report needs."""
+    lines = {
+        "lever_grpo": _version("lever-grpo"),
+        "Python": platform.python_version(),
+        "Platform": platform.platform(),
+    }
+    lines.update({name: _version(name) for name in ENVIRONMENT})
+    try:
+        import torch
+
+        lines["Accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)"
+    except ImportError:
+        pass
+    for name, value in lines.items():
+        print(f"- {name}: {value}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+COMMANDS = (add_inspect, add_env)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lever-grpo", description="Post-train demonstration selectors on beam logs.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in COMMANDS:
+        add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns its exit code: 0, 1 for a check that failed, 2 for input that cannot be used.
+
+    Example:
+
+    ```python
+    >>> from lever_grpo.cli import main
+    >>> main(["env"])  # doctest: +ELLIPSIS
+    - lever_grpo: ...
+    0
+
+    ```
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        # BeamDataError is a ValueError; what the user can mend is one line, what is our fault keeps its traceback
+        print(f"lever-grpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

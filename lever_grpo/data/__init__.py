@@ -1,0 +1,31 @@
+"""Beam logs as datasets of groups, the embeddings that go with them, and batches of both."""
+
+from .beam_json import BeamJson, BeamJsonConfig, load_beams, log_metadata
+from .collator import DataCollatorForBeams
+from .embeddings import EmbeddingStore
+from .inspect import LogReport, inspect_log, print_report
+from .orders import parse_log_name, to_prompt_order, to_search_order
+from .records import BeamDataError
+from .sample import SampleTask, list_samples, load_sample
+from .splits import split_by_query
+
+
+__all__ = [
+    "BeamDataError",
+    "BeamJson",
+    "BeamJsonConfig",
+    "DataCollatorForBeams",
+    "EmbeddingStore",
+    "LogReport",
+    "SampleTask",
+    "inspect_log",
+    "list_samples",
+    "load_beams",
+    "load_sample",
+    "log_metadata",
+    "parse_log_name",
+    "print_report",
+    "split_by_query",
+    "to_prompt_order",
+    "to_search_order",
+]

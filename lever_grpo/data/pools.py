@@ -1,0 +1,146 @@
+"""The pool of a record: in the record, in a side file, or rebuilt from the beams where that is asked for by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from .readers import iter_records
+from .records import BeamDataError, Group, Options, Where, as_id, as_ids
+
+
+def own_pool(record: Mapping[str, Any], where: Where) -> list[int] | None:
+    for name in ("candidate_pool_ids", "candidate_ids", "pool"):
+        if record.get(name) is not None:
+            pool = as_ids(record[name], where, name)
+            if len(set(pool)) != len(pool):
+                twice = sorted({i for i in pool if pool.count(i) > 1})
+                where.fail(name, "each candidate once", twice)
+            if not pool:
+                where.fail(name, "at least one candidate", pool)
+            return pool
+    return None
+
+
+def group_of_ids(
+    query_id: int, record: Mapping[str, Any], sequences: list[list[int]], where: Where, options: Options
+) -> Group:
+    """Find the pool and turn sequences of row ids into positions. A sequence that cannot be used gets no positions."""
+    pool, rebuilt = own_pool(record, where), False
+    if pool is None:
+        given = options.pool_of(query_id)
+        if given is not None:
+            pool = own_pool({"candidate_ids": given}, where)
+    if pool is None:
+        if not options.rebuild_pools:
+            where.fail(
+                "candidate_ids",
+                "the pool of candidates, which Lever-LM files do not hold",
+                sorted(record),
+                "pass candidate_pools=<file or dict of query id to candidate ids>; "
+                "rebuild_pools=True takes the few ids of the beams instead",
+            )
+        # sorted: in order of the beams, a candidate's position would tell how good it is
+        pool, rebuilt = sorted({i for ids in sequences for i in ids} - {query_id}), True
+    group = Group(query_id, pool, [], [], [], [], [])
+    group.pool_rebuilt = rebuilt
+    if query_id in pool:
+        # the answer itself would stand in the prompt, so the query leaves its pool before positions are taken
+        group.candidate_ids = pool = [i for i in pool if i != query_id]
+        group.query_in_pool = True
+    position = {candidate: p for p, candidate in enumerate(pool)}
+    for i, ids in enumerate(sequences):
+        if len(set(ids)) != len(ids) or query_id in ids:
+            group.sequences.append(())  # taken out, and counted, by fill_group
+            continue
+        missing = [candidate for candidate in ids if candidate not in position]
+        if missing:
+            where.fail(
+                f"sequence {i}", f"ids of the query's pool of {len(pool)}", missing, "is it the pool of this log?"
+            )
+        group.sequences.append(tuple(position[candidate] for candidate in ids))
+    return group
+
+
+def fill_group(
+    group: Group,
+    scores: list[float],
+    shot_scores: list[list[float]],
+    survived: list[bool],
+    source: list[str],
+    columns: dict[str, list[float | None]],
+) -> None:
+    """Set the per-sequence lists, leaving out the sequences that repeat a demonstration or hold the query itself."""
+    keep = [i for i, sequence in enumerate(group.sequences) if sequence]
+    group.invalid += len(group.sequences) - len(keep)
+    group.sequences = [group.sequences[i] for i in keep]
+    group.scores = [scores[i] for i in keep]
+    group.shot_scores = [shot_scores[i] for i in keep]
+    group.survived = [survived[i] for i in keep]
+    group.source = [source[i] for i in keep]
+    group.columns = {name: [values[i] for i in keep] for name, values in columns.items()}
+
+
+class PoolSource:
+    """Candidate pools from outside the log, looked up by query id and read on first use.
+
+    Args:
+        source (`str`, `Path` or `Mapping[int, Sequence[int]]`):
+            A dict of query id to candidate ids, or a file: one JSON object of these, or records (JSON, JSON lines,
+            Parquet) with `query_id` and one of `candidate_ids`, `candidate_pool_ids`, `pool`. A format 3 or 4 beam
+            log is such a file.
+
+    Example:
+
+    ```python
+    >>> from lever_grpo.data.pools import PoolSource
+    >>> pools = PoolSource({7: [3, 1, 4]})
+    >>> pools(7), pools(8)
+    ([3, 1, 4], None)
+
+    ```
+    """
+
+    def __init__(self, source: str | Path | Mapping[Any, Sequence[int]]):
+        self.source = source
+        self._pools: dict[int, list[int]] | None = None
+
+    def __call__(self, query_id: int) -> list[int] | None:
+        if self._pools is None:
+            self._pools = self._read()
+        return self._pools.get(query_id)
+
+    def _read(self) -> dict[int, list[int]]:
+        if isinstance(self.source, Mapping):
+            where = Where("candidate_pools", "the dict")
+            return {int(key): as_ids(pool, where, str(key)) for key, pool in self.source.items()}
+        pools: dict[int, list[int]] = {}
+        path = str(self.source)
+        for key, label, record in iter_records(path):
+            if key is not None and key.startswith("_"):
+                continue
+            where = Where(path, label)
+            if key is not None and not isinstance(record, Mapping):
+                record = {"candidate_ids": record}
+            if not isinstance(record, Mapping) or (key is None and "query_id" not in record):
+                where.fail("record", "'query_id' and 'candidate_ids'", record)
+            pool = own_pool(record, where)
+            if pool is None:
+                where.fail("candidate_ids", "the pool of the query", sorted(record))
+            pools[int(key) if key is not None else as_id(record["query_id"], where, "query_id")] = pool
+        return pools
+
+
+def read_external_ids(source: str | Path | Mapping[Any, Any]) -> dict[int, str]:
+    """Row id to external id, as text; from a dict or a JSON file of one."""
+    if not isinstance(source, Mapping):
+        with open(source, "rb") as stream:
+            source = orjson.loads(stream.read())
+    if not isinstance(source, Mapping):
+        raise BeamDataError(
+            f"external_ids: expected an object of row id to external id, found {type(source).__name__}"
+        )
+    return {int(key): str(value) for key, value in source.items()}

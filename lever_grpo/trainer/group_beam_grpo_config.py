@@ -1,0 +1,191 @@
+"""Arguments of the GroupBeamGRPOTrainer."""
+
+from dataclasses import dataclass, field
+
+from ..objectives.policy_losses import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
+from .schedules import StagePlan
+from .selector_trainer import SelectorTrainingArguments
+
+
+OLD_POLICY_REFRESH = ("never", "stage", "epoch", "steps")
+KL_ESTIMATORS = ("exact", "k1", "k2", "k3")
+
+
+@dataclass
+class GroupBeamGRPOConfig(SelectorTrainingArguments):
+    r"""
+    Arguments of the [`GroupBeamGRPOTrainer`]: reward-weighted cross-entropy (RCE), then offline GRPO, in one run.
+
+    > Parameters of the stages
+
+    Args:
+        rce_epochs (`float`, *optional*, defaults to `1.0`):
+            Epochs of the RCE warm-up; 0 skips it. `num_train_epochs` is the sum of both stages and cannot be set.
+        grpo_epochs (`float`, *optional*, defaults to `3.0`):
+            Epochs of GRPO; 0 ends after RCE.
+        curriculum_epochs (`float`, *optional*, defaults to `1.0`):
+            How many of the GRPO epochs are early: only the best `curriculum_top_k` beams of a group count.
+        curriculum_top_k (`int`, *optional*, defaults to `3`):
+            Beams that count in the early stage. Their advantages are taken on the whole group, unless
+            `curriculum_first` is set.
+        curriculum_first (`bool`, *optional*, defaults to `False`):
+            Whether to cut the group to its best beams *before* the advantages are taken: the literal original, which
+            turns a good third beam into a negative.
+        rce_learning_rate (`float`, *optional*, defaults to `1e-4`):
+            Peak learning rate of RCE.
+        learning_rate (`float`, *optional*, defaults to `3e-4`):
+            Peak learning rate of both GRPO stages.
+        warmup_ratio (`float`, *optional*, defaults to `0.1`):
+            Share of each stage with a linear warm-up; a cosine follows.
+        restore_best (`bool`, *optional*, defaults to `True`):
+            Whether GRPO starts from the best checkpoint so far (the start included) rather than from the end of RCE.
+
+    > Parameters of RCE
+
+    Args:
+        rce_temperature_start, rce_temperature_end (`float`, *optional*, defaults to `2.0` and `0.5`):
+            τ of the weights softmax(R / τ) at the first and the last step of the stage. Lower trusts the best beam more.
+        rce_normalize (`bool`, *optional*, defaults to `True`):
+            Whether to standardise scores in their group first. Without it scores of 0.03 to 0.05 give equal weights.
+
+    > Parameters of GRPO
+
+    Args:
+        loss_type (`str`, *optional*, defaults to `"grpo"`):
+            `"grpo"`, `"dr_grpo"`, `"cispo"`, `"sapo"`, `"rwr"`, `"listwise_kl"` or `"asymre"`; see
+            [`~objectives.group_policy_loss`].
+        importance_sampling_level (`str`, *optional*, defaults to `"joint"`):
+            `"token"`, `"sequence"` (length-normalised) or `"joint"` (the exact ratio of the whole sequence).
+        epsilon (`float`, *optional*, defaults to `0.2`):
+            Clip range of the ratio. Raising it lets the policy move further between two refreshes of π_old.
+        epsilon_high (`float`, *optional*):
+            Upper clip range; by default `epsilon`.
+        delta (`float`, *optional*):
+            Upper bound of the unclipped ratio.
+        sapo_temperature_pos, sapo_temperature_neg (`float`, *optional*, defaults to `1.0` and `1.05`):
+            Gates of `"sapo"`.
+        loss_temperature (`float`, *optional*, defaults to `0.5`):
+            τ of the weights of `"rwr"` and `"listwise_kl"`, over standardised scores.
+        scale_rewards (`str`, *optional*, defaults to `"group"`):
+            `"group"`, `"batch"`, `"none"` or `"rank"`; see [`~objectives.group_advantages`].
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            Bound of the advantages. With G beams no z-score exceeds (G − 1)/√G, so 5 acts from G = 28 on.
+        baseline_shift (`float`, *optional*, defaults to `0.0`):
+            How far the baseline lies below the group's mean, in standard deviations.
+        old_policy_refresh (`str`, *optional*, defaults to `"epoch"`):
+            When π_old becomes the current policy: `"never"` (fixed at the start of training: the policy can then
+            hardly move), `"stage"`, `"epoch"` or `"steps"`.
+        old_policy_refresh_steps (`int`, *optional*, defaults to `1`):
+            Steps between refreshes with `"steps"`; 1 keeps the ratio at 1.
+        entropy_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of an entropy bonus, in units of log K. Raising it keeps the policy softer.
+
+    > Parameters of the KL term
+
+    Args:
+        beta (`float`, *optional*, defaults to `0.1`):
+            Weight of the KL to the start (π_ref). 0 leaves the term out.
+        kl_estimator (`str`, *optional*, defaults to `"exact"`):
+            `"exact"`: the KL of each step's whole distribution on the logged prefixes; `"k1"`, `"k2"`, `"k3"`: estimators
+            from the logged picks alone.
+        kl_direction (`str`, *optional*, defaults to `"reverse"`):
+            `"reverse"`: KL(π ‖ π_ref); `"forward"`: KL(π_ref ‖ π).
+        adaptive_beta (`bool`, *optional*, defaults to `False`):
+            Whether β follows the KL, see [`KLBetaCallback`].
+        adaptive_temperature (`bool`, *optional*, defaults to `False`):
+            Whether the policy's temperature follows the KL, see [`TemperatureCallback`].
+        kl_low, kl_high (`float`, *optional*, defaults to `0.01` and `0.1`):
+            Band inside which β and the temperature stay, in nats per step.
+        beta_factor (`float`, *optional*, defaults to `1.5`):
+            Size of one move of β.
+        precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
+            Whether to compute the reference's log-probabilities once, as a column of the data set. Only for the
+            estimators; the exact KL needs whole distributions and computes them per batch.
+
+    The other arguments are those of [`SelectorTrainingArguments`].
+
+    Example:
+
+    ```python
+    >>> from lever_grpo import GroupBeamGRPOConfig
+
+    >>> args = GroupBeamGRPOConfig(output_dir="outputs/grpo", rce_epochs=1, grpo_epochs=3, report_to="none")
+    >>> args.num_train_epochs
+    4.0
+
+    ```
+    """
+
+    rce_epochs: float = field(default=1.0, metadata={"help": "Epochs of the RCE warm-up; 0 skips it."})
+    grpo_epochs: float = field(default=3.0, metadata={"help": "Epochs of GRPO; 0 ends after RCE."})
+    curriculum_epochs: float = field(default=1.0, metadata={"help": "GRPO epochs on the best beams only."})
+    curriculum_top_k: int = field(default=3, metadata={"help": "Beams per group that count in the early stage."})
+    curriculum_first: bool = field(
+        default=False, metadata={"help": "Cut the group before the advantages are taken (the literal original)."}
+    )
+    rce_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of RCE."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of GRPO."})
+    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of each stage that warms up, in [0, 1]."})
+    restore_best: bool = field(
+        default=True, metadata={"help": "Whether GRPO starts from the best checkpoint so far, the start included."}
+    )
+    rce_temperature_start: float = field(default=2.0, metadata={"help": "τ at the first step of RCE."})
+    rce_temperature_end: float = field(default=0.5, metadata={"help": "τ at the last step of RCE."})
+    rce_normalize: bool = field(default=True, metadata={"help": "Standardise scores in the group before softmax(R/τ)."})
+    loss_type: str = field(default="grpo", metadata={"help": f"One of {', '.join(LOSS_TYPES)}."})
+    importance_sampling_level: str = field(
+        default="joint", metadata={"help": f"One of {', '.join(IMPORTANCE_SAMPLING_LEVELS)}."}
+    )
+    epsilon: float = field(default=0.2, metadata={"help": "Clip range of the ratio."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; by default epsilon."})
+    delta: float | None = field(default=None, metadata={"help": "Upper bound of the unclipped ratio."})
+    sapo_temperature_pos: float = field(default=1.0, metadata={"help": "Gate of sapo for positive advantages."})
+    sapo_temperature_neg: float = field(default=1.05, metadata={"help": "Gate of sapo for negative advantages."})
+    loss_temperature: float = field(default=0.5, metadata={"help": "τ of the weights of rwr and listwise_kl."})
+    scale_rewards: str = field(default="group", metadata={"help": "group, batch, none or rank."})
+    advantage_clip: float = field(default=5.0, metadata={"help": "Bound of the advantages."})
+    baseline_shift: float = field(default=0.0, metadata={"help": "Baseline below the group's mean, in std."})
+    old_policy_refresh: str = field(default="epoch", metadata={"help": "never, stage, epoch or steps."})
+    old_policy_refresh_steps: int = field(default=1, metadata={"help": "Steps between refreshes with 'steps'."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus, in units of log K."})
+    beta: float = field(default=0.1, metadata={"help": "Weight of the KL to the start; 0 leaves it out."})
+    kl_estimator: str = field(default="exact", metadata={"help": "exact, k1, k2 or k3."})
+    kl_direction: str = field(default="reverse", metadata={"help": "reverse or forward."})
+    adaptive_beta: bool = field(default=False, metadata={"help": "Whether β follows the KL."})
+    adaptive_temperature: bool = field(default=False, metadata={"help": "Whether the policy's temperature does."})
+    kl_low: float = field(default=0.01, metadata={"help": "KL (nats per step) below which β falls."})
+    kl_high: float = field(default=0.1, metadata={"help": "KL (nats per step) above which β rises."})
+    beta_factor: float = field(default=1.5, metadata={"help": "Size of one move of β."})
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata={"help": "Compute the reference's log-probabilities once (estimators only)."}
+    )
+
+    def __post_init__(self):
+        if self.rce_epochs < 0 or self.grpo_epochs < 0 or self.rce_epochs + self.grpo_epochs <= 0:
+            raise ValueError(
+                f"rce_epochs={self.rce_epochs} and grpo_epochs={self.grpo_epochs}: both must be at least 0, and one "
+                "of them above."
+            )
+        planned = self.rce_epochs + self.grpo_epochs
+        if self.num_train_epochs not in (3.0, planned):  # 3.0 is the base class's default
+            raise ValueError(
+                f"num_train_epochs={self.num_train_epochs}, but the stages last rce_epochs + grpo_epochs = {planned}; "
+                "set those and leave num_train_epochs out."
+            )
+        self.num_train_epochs = float(planned)
+        super().__post_init__()
+        self.check_choice("loss_type", LOSS_TYPES)
+        self.check_choice("importance_sampling_level", IMPORTANCE_SAMPLING_LEVELS)
+        self.check_choice("scale_rewards", ("group", "batch", "none", "rank"))
+        self.check_choice("old_policy_refresh", OLD_POLICY_REFRESH)
+        self.check_choice("kl_estimator", KL_ESTIMATORS)
+        self.check_choice("kl_direction", ("reverse", "forward"))
+        if self.precompute_ref_log_probs and self.kl_estimator == "exact":
+            raise ValueError(
+                "precompute_ref_log_probs=True stores the logged picks' log-probabilities, but kl_estimator='exact' "
+                "needs whole distributions; choose k1, k2 or k3, or leave it False."
+            )
+
+    def stage_plan(self, max_steps: int) -> StagePlan:
+        """The stages of a run of `max_steps` steps."""
+        return StagePlan.from_epochs(max_steps, self.rce_epochs, self.grpo_epochs, self.curriculum_epochs)

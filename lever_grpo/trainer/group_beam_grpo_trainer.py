@@ -1,0 +1,360 @@
+"""Post-training of a selector on logged groups: reward-weighted cross-entropy, then offline GRPO."""
+
+import copy
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..objectives import (
+    compute_softmax_weights,
+    curriculum_mask,
+    effective_beams,
+    exact_kl,
+    group_advantages,
+    group_policy_loss,
+    kl_estimate,
+    rce_loss,
+    step_entropy,
+    tied_groups,
+)
+from .callbacks import CurriculumCallback, KLBetaCallback, PolicyControl, TemperatureCallback
+from .group_beam_grpo_config import GroupBeamGRPOConfig
+from .schedules import STAGES, StagePlan, warmup_cosine
+from .selector_trainer import SelectorTrainer
+
+
+FROZEN_POLICIES_NAME = "frozen_policies.safetensors"
+POLICY_CONTROL_NAME = "policy_control.json"
+
+
+class GroupBeamGRPOTrainer(SelectorTrainer):
+    r"""
+    Post-trains a selector on a beam log, in one run of three stages:
+
+    1. **RCE**: \\( L = -\sum_i w_i \log \pi(y_i \mid q) \\), \\( w = \operatorname{softmax}(R / \tau) \\), τ falling;
+    2. **GRPO, early**: \\( L = L_{\text{policy}} + \beta\, \mathrm{KL}(\pi \,\|\, \pi_{\text{ref}}) \\) on the best beams;
+    3. **GRPO, late**: the same on whole groups.
+
+    It departs from GRPO as published ([2402.03300](https://huggingface.co/papers/2402.03300)) as follows: groups are
+    logged, not sampled, so ratios correct only for the policy's own movement since π_old; π_old is refreshed on a
+    schedule; the KL is exact; tied groups leave the loss, the KL term and the denominator; the loss is a mean over
+    groups. π_ref is the model as given; π_old starts as the policy at the first GRPO step.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            The supervised selector to start from, or the folder or Hub id of one.
+        args ([`GroupBeamGRPOConfig`]):
+            Arguments.
+        data_collator ([`DataCollatorForBeams`]):
+            Makes batches of groups.
+        train_dataset, eval_dataset (`datasets.Dataset`):
+            Rows of [`load_beams`]. Evaluation is exact where every sequence of a held-out query was scored.
+        peft_config (`peft.PeftConfig`, *optional*):
+            Trains an adapter instead of the whole selector.
+        **kwargs:
+            Passed to [`~transformers.Trainer`].
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from lever_grpo import GroupBeamGRPOConfig, GroupBeamGRPOTrainer, PointerSelector, PointerSelectorConfig
+    >>> from lever_grpo.data import DataCollatorForBeams, load_sample
+
+    >>> sample = load_sample("country_facts")
+    >>> collator = DataCollatorForBeams(sample.store, sample.query_features, sample.candidate_features)
+    >>> config = PointerSelectorConfig(
+    ...     query_features=collator.query_widths, candidate_features=collator.candidate_widths, similarity_prior=True
+    ... )
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     args = GroupBeamGRPOConfig(
+    ...         output_dir=folder, max_steps=4, eval_strategy="no", save_strategy="no", report_to="none", use_cpu=True,
+    ...         disable_tqdm=True, logging_strategy="no",
+    ...     )
+    ...     trainer = GroupBeamGRPOTrainer(PointerSelector(config), args, collator, train_dataset=sample.train)
+    ...     trainer.train().global_step
+    4
+
+    ```
+    """
+
+    _tag_names = ["lever-grpo", "grpo"]
+    args: GroupBeamGRPOConfig
+
+    def __init__(self, model, args, data_collator, train_dataset=None, eval_dataset=None, peft_config=None, **kwargs):
+        self.policy_control = PolicyControl(beta=args.beta)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, peft_config, **kwargs)
+        self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(self.args.device)
+        self.old_policy = copy.deepcopy(self.reference)
+        self._begun_step = -1
+        self._batch_std: Tensor | None = None
+        self._max_length = 0
+
+        epochs = (args.rce_epochs, args.grpo_epochs)
+        band = {"kl_low": args.kl_low, "kl_high": args.kl_high}
+        self._curriculum = CurriculumCallback(
+            self.policy_control, *epochs, args.curriculum_epochs, args.curriculum_top_k
+        )
+        self.add_callback(self._curriculum)
+        self.add_callback(
+            TemperatureCallback(
+                self.policy_control,
+                *epochs,
+                args.rce_temperature_start,
+                args.rce_temperature_end,
+                adaptive=args.adaptive_temperature,
+                **band,
+            )
+        )
+        if args.adaptive_beta:
+            self.add_callback(KLBetaCallback(self.policy_control, factor=args.beta_factor, **band))
+        if args.loss_type == "dr_grpo" and train_dataset is not None:
+            self._max_length = max(len(sequence) for row in train_dataset for sequence in row["sequences"])
+        if args.precompute_ref_log_probs and train_dataset is not None:
+            self._precompute_ref_log_probs()
+
+    # ---- the objective ----
+
+    def live_groups(self, rewards: Tensor, inputs: dict[str, Any]) -> Tensor:
+        if self.policy_control.stage == "rce":
+            return super().live_groups(rewards, inputs)
+        return ~tied_groups(rewards, inputs["sequence_mask"].any(-1))
+
+    def group_losses(self, model, inputs, rewards):
+        if self.policy_control.stage == "rce":
+            return self._rce_losses(model, inputs, rewards)
+        return self._grpo_losses(model, inputs, rewards)
+
+    def _rce_losses(self, model, inputs, rewards):
+        mask = inputs["sequence_mask"].any(-1)  # (B, G)
+        output = self.policy(model, inputs)
+        weights = compute_softmax_weights(
+            rewards, self.policy_control.temperature, mask, normalize=self.args.rce_normalize
+        )
+        losses = rce_loss(output.log_probs, weights, inputs["sequence_mask"])  # (B,)
+        stats = {"policy_loss": losses, "effective_beams": effective_beams(weights), **_reward_stats(rewards, mask)}
+        return losses, self.live_groups(rewards, inputs), stats
+
+    def _grpo_losses(self, model, inputs, rewards):
+        args, control = self.args, self.policy_control
+        sequence_mask = inputs["sequence_mask"]  # (B, G, S)
+        mask = sequence_mask.any(-1)  # (B, G)
+        live = self.live_groups(rewards, inputs)  # (B,)
+        chosen = curriculum_mask(rewards, mask, control.top_k)  # (B, G)
+        beam_mask = chosen & live.unsqueeze(-1)
+
+        temperature = control.policy_temperature
+        exact = args.beta > 0 and args.kl_estimator == "exact"
+        output = self.policy(model, inputs, temperature=temperature, return_step_log_probs=True)
+        advantages = group_advantages(
+            rewards,
+            chosen if args.curriculum_first else mask,
+            scale_rewards=args.scale_rewards,
+            clip=args.advantage_clip,
+            baseline_shift=args.baseline_shift,
+            batch_std=self._batch_std if model.training else None,
+        )  # (B, G)
+        losses, stats = group_policy_loss(
+            output.log_probs,
+            self._old_log_probs(inputs, temperature),
+            advantages,
+            sequence_mask,
+            beam_mask,
+            loss_type=args.loss_type,
+            importance_sampling_level=args.importance_sampling_level,
+            epsilon=args.epsilon,
+            epsilon_high=args.epsilon_high,
+            delta=args.delta,
+            sapo_temperature_pos=args.sapo_temperature_pos,
+            sapo_temperature_neg=args.sapo_temperature_neg,
+            max_length=self._max_length or None,
+            weights=compute_softmax_weights(rewards, args.loss_temperature, beam_mask),
+        )  # (B,)
+        stats["policy_loss"] = losses.detach()
+
+        if args.beta > 0:
+            reference = self._reference_output(inputs, temperature, step_log_probs=exact)
+            if exact:
+                kl = exact_kl(output.step_log_probs, reference.step_log_probs, args.kl_direction, sequence_mask)
+            else:
+                kl = kl_estimate(
+                    output.log_probs, reference.log_probs, args.kl_estimator, args.kl_direction, sequence_mask
+                )
+            stats["kl"] = _mean_over_steps(kl, sequence_mask)  # (B,)
+            losses = losses + control.beta * stats["kl"]
+        if args.entropy_coef:
+            entropy = step_entropy(output.step_log_probs, normalize=True, sequence_mask=sequence_mask)
+            losses = losses - args.entropy_coef * _mean_over_steps(entropy, sequence_mask)
+        with torch.no_grad():
+            entropy = step_entropy(output.step_log_probs, sequence_mask=sequence_mask)
+            stats["entropy"] = _mean_over_steps(entropy, sequence_mask)
+            stats["advantage_mean"], stats["advantage_std"] = _moments(advantages, beam_mask)
+        stats = {name: torch.where(live, value, torch.nan) for name, value in stats.items()}
+        return losses, live, {**stats, **_reward_stats(rewards, mask)}
+
+    @torch.no_grad()
+    def _old_log_probs(self, inputs: dict[str, Any], temperature: float) -> Tensor | None:
+        """log π_old of the logged picks (B, G, S); `None` where π_old is the policy itself or the loss has no ratio."""
+        every_step = self.args.old_policy_refresh == "steps" and self.args.old_policy_refresh_steps == 1
+        if every_step or self.args.loss_type in ("rwr", "listwise_kl", "asymre"):
+            return None
+        with self.accelerator.autocast():
+            return self.policy(self.old_policy, inputs, temperature=temperature).log_probs
+
+    @torch.no_grad()
+    def _reference_output(self, inputs: dict[str, Any], temperature: float, step_log_probs: bool) -> Any:
+        with self.accelerator.autocast():
+            return self.policy(
+                self.reference, inputs, temperature=temperature, return_step_log_probs=step_log_probs
+            )
+
+    def selection_metrics(self, inputs, rewards):
+        metrics = super().selection_metrics(inputs, rewards)
+        sequence_mask = inputs["sequence_mask"]
+        selector = self.accelerator.unwrap_model(self.model)
+        policy = self.policy(selector, inputs, return_step_log_probs=True).step_log_probs
+        reference = self._reference_output(inputs, 1.0, step_log_probs=True).step_log_probs
+        metrics["kl"] = _mean_over_steps(exact_kl(policy, reference, "reverse", sequence_mask), sequence_mask)
+        changed = self.greedy_picks(selector, inputs) != self.greedy_picks(self.reference, inputs)
+        metrics["greedy_changed"] = changed.any(-1).float()
+        return metrics
+
+    # ---- stages and frozen policies ----
+
+    @property
+    def stage_plan(self) -> StagePlan:
+        """Which steps of the running training belong to which stage."""
+        return self.args.stage_plan(self.state.max_steps)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        # the base class counts before it announces the step, and what counts depends on the stage
+        self._curriculum.on_step_begin(self.args, self.state, self.control)
+        if self.args.scale_rewards == "batch" and batch_samples:
+            self._batch_std = self._std_of_step(batch_samples, device)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _std_of_step(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Std of all rewards of a step, over micro-batches and processes."""
+        rewards = torch.cat(
+            [self.group_rewards(batch)[batch["sequence_mask"].any(-1)].double() for batch in batch_samples]
+        )
+        moments = torch.stack([torch.ones_like(rewards), rewards, rewards.square()]).sum(-1).to(device)  # (3,)
+        count, total, squares = self.accelerator.reduce(moments, reduction="sum")
+        return ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0).sqrt().clamp(min=1e-30)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step != self._begun_step:
+            self._begin_step(self.state.global_step)
+            self._begun_step = self.state.global_step
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _begin_step(self, step: int) -> None:
+        """What happens between two optimisation steps: the change of stage and the refresh of π_old."""
+        plan, refresh = self.stage_plan, self.args.old_policy_refresh
+        if step < plan.rce:
+            return
+        if step == plan.rce and step > 0:
+            if self.args.restore_best and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
+                self.optimizer.state.clear()  # its moments belong to the weights that were left
+            self.save_model(os.path.join(self.args.output_dir, "rce"), _internal_call=True)
+        in_stage = step - plan.rce
+        due = {
+            "never": False,
+            "stage": step in (plan.rce, plan.start("grpo_late")),
+            "epoch": in_stage == 0 or float(self.state.epoch or 0.0).is_integer(),
+            "steps": in_stage % self.args.old_policy_refresh_steps == 0,
+        }
+        if due[refresh]:
+            self.refresh_old_policy()
+
+    @torch.no_grad()
+    def refresh_old_policy(self) -> None:
+        """Makes π_old the current policy."""
+        current = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        for name, parameter in self.old_policy.named_parameters():
+            value = current[name]
+            parameter.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.lr_scheduler is None:
+            plan = self.args.stage_plan(num_training_steps)
+            rce_share = self.args.rce_learning_rate / self.args.learning_rate
+
+            def factor(step: int) -> float:
+                in_rce = plan.stage(step) == "rce"
+                start, steps = (0, plan.rce) if in_rce else (plan.rce, plan.grpo_early + plan.grpo_late)
+                return warmup_cosine(step - start, steps, self.args.warmup_ratio) * (rce_share if in_rce else 1.0)
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def schedule_metrics(self):
+        control = self.policy_control
+        return {
+            "stage": STAGES.index(control.stage),
+            "temperature": control.temperature,
+            "policy_temperature": control.policy_temperature,
+            "beta": control.beta,
+        }
+
+    def _precompute_ref_log_probs(self) -> None:
+        """Adds the column `ref_log_probs` to the training set, and a collator that pads it."""
+        raise NotImplementedError
+
+    # ---- checkpoints: what resuming needs beside the base class's files ----
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
+            return
+        tensors = {
+            f"{name}.{key}": value.contiguous()
+            for name, policy in (("reference", self.reference), ("old_policy", self.old_policy))
+            for key, value in policy.state_dict().items()
+        }
+        save_file(tensors, os.path.join(output_dir, FROZEN_POLICIES_NAME))
+        state = {"control": asdict(self.policy_control), "sums": dict(self._sums), "counts": dict(self._counts)}
+        Path(output_dir, POLICY_CONTROL_NAME).write_text(json.dumps(state, indent=2))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        tensors = load_file(os.path.join(checkpoint, FROZEN_POLICIES_NAME), device=str(self.args.device))
+        for name, policy in (("reference", self.reference), ("old_policy", self.old_policy)):
+            prefix = f"{name}."
+            policy.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        state = json.loads(Path(checkpoint, POLICY_CONTROL_NAME).read_text())
+        for field, value in state["control"].items():
+            setattr(self.policy_control, field, value)
+        self._sums.update(state["sums"])
+        self._counts.update(state["counts"])
+
+
+def _mean_over_steps(values: Tensor, sequence_mask: Tensor) -> Tensor:
+    """Mean over a group's real steps, (B, G, S) -> (B,)."""
+    total = torch.where(sequence_mask, values, 0.0).sum((-1, -2))
+    return total / sequence_mask.sum((-1, -2)).clamp(min=1)
+
+
+def _moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std over the masked entries of each group."""
+    count = mask.sum(-1).clamp(min=1)
+    mean = torch.where(mask, values, 0.0).sum(-1) / count
+    deviation = torch.where(mask, values - mean.unsqueeze(-1), 0.0)
+    return mean, (deviation.square().sum(-1) / count).sqrt()
+
+
+def _reward_stats(rewards: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    mean, std = _moments(rewards, mask)
+    return {"reward": mean, "reward_std": std, "frac_reward_zero_std": tied_groups(rewards, mask).float()}
