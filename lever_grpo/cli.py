@@ -37,8 +37,6 @@ def inspect_command(args: argparse.Namespace) -> int:
     """
     from .data import EmbeddingStore, inspect_log, load_beams, print_report
 
-    # the report says what was dropped; the loader need not say it too
-    logging.getLogger("lever_grpo.data").setLevel(logging.ERROR)
     store = None if args.embeddings is None else EmbeddingStore.open(args.embeddings)
     groups = load_beams(
         args.log,
@@ -49,7 +47,13 @@ def inspect_command(args: argparse.Namespace) -> int:
         higher_is_better=not args.lower_is_better,
         streaming=True,
     )
-    report = inspect_log(groups, store=store)
+    loader_log = logging.getLogger("lever_grpo.data")
+    level = loader_log.level
+    loader_log.setLevel(logging.ERROR)  # the report says what was dropped; the loader need not say it too
+    try:
+        report = inspect_log(groups, store=store)
+    finally:
+        loader_log.setLevel(level)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

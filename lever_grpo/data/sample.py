@@ -17,9 +17,9 @@ from .embeddings import EmbeddingStore
 SAMPLE_FOLDER = Path(__file__).resolve().parents[1] / "sample"
 # what the query and the candidate side see; the rest of the folder speaks for itself
 _FEATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "emoji": (("question",), ("question_answer",)),
-    "country_facts": (("question",), ("question_answer",)),
-    "easy_vqa": (("question", "image"), ("question_answer", "image")),
+    "emoji": (("question",), ("question", "question_answer", "answer")),
+    "country_facts": (("question",), ("question", "question_answer", "answer")),
+    "easy_vqa": (("question", "image"), ("question", "question_answer", "answer", "image")),
 }
 
 
@@ -39,7 +39,7 @@ class SampleTask:
     >>> from lever_grpo.data import load_sample
     >>> task = load_sample("emoji")
     >>> sorted(task.splits), task.query_features, task.candidate_features
-    (['heldout', 'train', 'validation'], ('question',), ('question_answer',))
+    (['heldout', 'train', 'validation'], ('question',), ('question', 'question_answer', 'answer'))
 
     ```
     """
@@ -109,7 +109,7 @@ def load_sample(task: str = "emoji") -> SampleTask:
     ```python
     >>> from lever_grpo.data import load_sample
     >>> load_sample("country_facts").store.widths
-    {'question': 384, 'question_answer': 384}
+    {'answer': 384, 'question': 384, 'question_answer': 384}
 
     ```
     """

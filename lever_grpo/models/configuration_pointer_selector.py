@@ -1,5 +1,6 @@
 """Configuration of the pointer selector and its named presets."""
 
+import json
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -49,9 +50,9 @@ class PointerSelectorConfig(PreTrainedConfig):
             Whether the logits start at the scaled cosine of the given embeddings, so that the untrained selector *is*
             the similarity baseline and training learns a correction to it.
         prior_pairs (`dict[str, float]`, *optional*):
-            Pairs `"query feature:candidate feature"` whose cosines the prior mixes, with their weights at the start
-            (0 for a pair that training may take in). Defaults to equal weights, summing to 1, of the features that
-            both sides have under one name.
+            Pairs `"query feature:candidate feature"` whose cosines the prior mixes, with their weights at the start.
+            By default all pairs of equal widths: those of one name start with equal weights that sum to 1, the others
+            at 0, for training to take in.
         prior_scale (`float`, *optional*, defaults to `20.0`):
             Factor from cosine to logit at the start (learned). Larger is greedier.
         prior_rank (`int`, *optional*, defaults to `32`):
@@ -60,7 +61,7 @@ class PointerSelectorConfig(PreTrainedConfig):
             Dropout inside the change of the metric. In `[0, 1)`.
 
     Raises:
-        ValueError: for unknown names, widths below 1, or a prior without a pair of equal widths.
+        ValueError: for unknown names, a number outside its range, or a prior without a pair of equal widths.
 
     Example:
 
@@ -78,8 +79,9 @@ class PointerSelectorConfig(PreTrainedConfig):
 
     embed_dim: int = 768
     hidden_dim: int = 256
-    query_features: dict[str, int] | None = None
-    candidate_features: dict[str, int] | None = None
+    # None until __post_init__, which fills them in
+    query_features: dict[str, int] = None  # type: ignore[assignment]
+    candidate_features: dict[str, int] = None  # type: ignore[assignment]
     encoder: str = "cross_attention"
     state_update: str = "gated"
     num_layers: int = 1
@@ -87,18 +89,22 @@ class PointerSelectorConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     dropout: float = 0.1
     similarity_prior: bool = False
-    prior_pairs: dict[str, float] | None = None
+    prior_pairs: dict[str, float] = None  # type: ignore[assignment]
     prior_scale: float = 20.0
     prior_rank: int = 32
     prior_dropout: float = 0.3
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         self.query_features = dict(self.query_features or {"embedding": self.embed_dim})
         self.candidate_features = dict(self.candidate_features or {"embedding": self.embed_dim})
         if self.prior_pairs is None:
-            shared = [name for name in self.query_features if name in self.candidate_features]
-            self.prior_pairs = {f"{name}:{name}": 1.0 / len(shared) for name in shared}
+            shared = self.query_features.keys() & self.candidate_features.keys()
+            self.prior_pairs = {
+                f"{query}:{candidate}": 1.0 / len(shared) if query == candidate else 0.0
+                for query, width in self.query_features.items()
+                for candidate, candidate_width in self.candidate_features.items()
+                if shared and width == candidate_width
+            }
         super().__post_init__(**kwargs)
         self._check()
 
@@ -117,10 +123,26 @@ class PointerSelectorConfig(PreTrainedConfig):
             raise ValueError(f"preset={preset!r} is unknown; the presets are {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[preset], **kwargs})
 
+    def to_json_string(self, use_diff: bool = True) -> str:
+        # The base class sorts keys at every depth. The order of features is that of the columns of the embeddings,
+        # and the order of pairs that of the prior's weights: they must come back as they were.
+        config = json.loads(super().to_json_string(use_diff))
+        for name in ("query_features", "candidate_features", "prior_pairs"):
+            config[name] = getattr(self, name)
+        return json.dumps(config, indent=2) + "\n"
+
     def _check(self) -> None:
         for name, choices in (("encoder", ENCODERS), ("state_update", STATE_UPDATES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}.")
+        for name, lowest in (("num_attention_heads", 1), ("num_layers", 0), ("num_set_layers", 0), ("prior_rank", 0)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {lowest}.")
+        for name in ("dropout", "prior_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be in [0, 1).")
+        if not self.prior_scale > 0:
+            raise ValueError(f"prior_scale={self.prior_scale}: must be above 0; its logarithm is what is learned.")
         if self.hidden_dim < 1 or self.hidden_dim % self.num_attention_heads:
             raise ValueError(
                 f"hidden_dim={self.hidden_dim} is not a multiple of num_attention_heads={self.num_attention_heads}; "
@@ -144,6 +166,6 @@ class PointerSelectorConfig(PreTrainedConfig):
             widths = (self.query_features.get(query), self.candidate_features.get(candidate))
             if None in widths or widths[0] != widths[1]:
                 raise ValueError(
-                    f"prior_pairs has {pair!r} with widths {widths[0]} and {widths[1]}: write 'query feature:candidate "
-                    "feature' with two features of one width."
+                    f"prior_pairs has {pair!r} with widths {widths[0]} and {widths[1]}: write "
+                    "'query feature:candidate feature' with two features of one width."
                 )

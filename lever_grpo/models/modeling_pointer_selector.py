@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, initialization as init
+from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_pointer_selector import PointerSelectorConfig
+from .input_checks import check_pools, check_sequences, check_temperature
+from .layers import AttentionLayer, StateUpdate
 from .similarity_prior import PriorEncoding, SimilarityPrior
 
 
@@ -55,58 +58,6 @@ class PoolEncoding:
     prior: PriorEncoding | None
 
 
-class AttentionLayer(nn.Module):
-    """`x` attends to `context`; residual, layer norm, feed-forward. Plain linears, so that LoRA fits."""
-
-    def __init__(self, config: PointerSelectorConfig):
-        super().__init__()
-        width = config.hidden_dim
-        self.num_heads = config.num_attention_heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.o_proj = nn.Linear(width, width)
-        self.attention_norm = nn.LayerNorm(width)
-        self.up_proj = nn.Linear(width, 2 * width)
-        self.down_proj = nn.Linear(2 * width, width)
-        self.output_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, length, H / heads)
-
-    def forward(self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        attended = F.scaled_dot_product_attention(
-            self._heads(self.q_proj(x)),
-            self._heads(self.k_proj(context)),
-            self._heads(self.v_proj(context)),
-            attn_mask=mask[:, None, None],  # (B, 1, 1, K)
-        )
-        x = self.attention_norm(x + self.dropout(self.o_proj(attended.transpose(1, 2).flatten(-2))))
-        return self.output_norm(x + self.dropout(self.down_proj(F.gelu(self.up_proj(x)))))  # (B, length, H)
-
-
-class StateUpdate(nn.Module):
-    """How the decoder's state takes in a pick; `kind` as `PointerSelectorConfig.state_update`."""
-
-    def __init__(self, config: PointerSelectorConfig):
-        super().__init__()
-        self.kind = config.state_update
-        width = config.hidden_dim
-        parts = 2 if self.kind == "gated" else 1
-        self.from_state = nn.Linear(width, parts * width)
-        self.from_pick = nn.Linear(width, parts * width, bias=False)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, state: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
-        change = self.from_state(state) + self.from_pick(pick)  # (B, G, H) or (B, G, 2H)
-        if self.kind == "additive":
-            return self.norm(state + change)
-        gate, proposal = change.chunk(2, dim=-1)
-        gate = torch.sigmoid(gate)
-        return self.norm(gate * state + (1 - gate) * torch.tanh(proposal))  # (B, G, H)
-
-
 class PointerSelector(PreTrainedModel):
     r"""
     A pointer network (Vinyals et al., 2015) that picks demonstrations one after the other:
@@ -140,9 +91,11 @@ class PointerSelector(PreTrainedModel):
     ```
     """
 
+    config: PointerSelectorConfig
     config_class = PointerSelectorConfig
     base_model_prefix = "selector"
     main_input_name = "query_embeds"
+    accepts_loss_kwargs = False  # the trainer must not take `**kwargs` of `forward` for the loss's
     _supports_sdpa = True
     _no_split_modules = ["AttentionLayer"]
 
@@ -167,17 +120,18 @@ class PointerSelector(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
+            if module is self.pointer and self.prior is not None:
+                # The correction starts at zero, so that the untrained selector is the similarity baseline. Not done
+                # with the selector itself in hand: transformers passes over modules that own no weights.
+                init.zeros_(module.weight)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, SimilarityPrior):
             module.reset_parameters()
-        if module is self and self.prior is not None:
-            # the correction starts at zero, so that the untrained selector is the similarity baseline
-            init.zeros_(self.pointer.weight)
 
     def encode(
         self,
@@ -193,14 +147,17 @@ class PointerSelector(PreTrainedModel):
             `PoolEncoding`: What all sequences of a query share.
         """
         batch = query_embeds.shape[0]
-        self._check_inputs(query_embeds, candidate_embeds, candidate_mask, candidate_indices)
+        check_pools(self.config, query_embeds, candidate_embeds, candidate_mask, candidate_indices)
         if candidate_embeds.dim() == 2 and candidate_indices is None:
             candidate_indices = torch.arange(candidate_embeds.shape[0], device=candidate_embeds.device)
             candidate_indices = candidate_indices.expand(batch, -1)
 
         dtype = self.query_proj.weight.dtype
         query_embeds, candidate_embeds = query_embeds.to(dtype), candidate_embeds.to(dtype)
-        candidates = self.candidate_norm(self.candidate_proj(self.dropout(candidate_embeds)))  # (U, H) or (B, K, H)
+        if candidate_embeds.dim() == 3 and candidate_mask is not None:
+            # a masked value that overflows would still reach the weights' gradient, as 0 · inf
+            candidate_embeds = candidate_embeds.masked_fill(~candidate_mask.bool().unsqueeze(-1), 0.0)
+        candidates = self.candidate_norm(self.candidate_proj(candidate_embeds))  # (U, H) or (B, K, H)
         if candidate_indices is not None:
             candidates = candidates[candidate_indices]  # (B, K, H)
         if candidate_mask is None:
@@ -212,7 +169,7 @@ class PointerSelector(PreTrainedModel):
         prior = None
         if self.prior is not None:
             prior = self.prior.encode(query_embeds, candidate_embeds, candidate_indices)
-        state = self.query_norm(self.query_proj(self.dropout(query_embeds))).unsqueeze(1)  # (B, 1, H)
+        state = self.query_norm(self.query_proj(query_embeds)).unsqueeze(1)  # (B, 1, H)
         if self.set_layers:
             candidates = candidates + state
             if prior is not None:
@@ -266,6 +223,7 @@ class PointerSelector(PreTrainedModel):
         candidate_indices: torch.Tensor | None = None,
         temperature: float = 1.0,
         return_step_log_probs: bool = False,
+        **kwargs,
     ) -> PointerSelectorOutput:
         r"""
         Log-probabilities of given sequences, teacher-forced in one batched pass.
@@ -288,16 +246,24 @@ class PointerSelector(PreTrainedModel):
                 Divides the logits.
             return_step_log_probs (`bool`, *optional*, defaults to `False`):
                 Whether to return the whole distribution of each step as well.
+            **kwargs:
+                Accepted when `None`: peft's feature extraction wrapper hands on arguments of language models.
 
         Returns:
             [`PointerSelectorOutput`]: A sequence that repeats a candidate or picks a padded one has log-probability
             `-inf`.
 
         Raises:
-            ValueError: if shapes do not fit each other or the config.
+            ValueError: if shapes do not fit each other or the config, or `temperature` is not above 0.
+            TypeError: for an unknown argument that is not `None`.
         """
+        unknown = [name for name, value in kwargs.items() if value is not None]
+        if unknown:
+            raise TypeError(f"forward got {unknown[0]!r}, which a selector does not take; leave it out.")
         if sequences is None:
             raise ValueError("forward needs `sequences` (B, G, S); to have them chosen, call `select`.")
+        check_sequences(query_embeds, sequences, sequence_mask)
+        check_temperature(temperature)
         batch, group, shots = sequences.shape
         encoding = self.encode(query_embeds, candidate_embeds, candidate_mask, candidate_indices)
         pool = encoding.candidates.shape[1]
@@ -368,13 +334,15 @@ class PointerSelector(PreTrainedModel):
         """
         if do_sample and num_beams != 1:
             raise ValueError(f"num_beams={num_beams} with do_sample=True: sampling has no beams; leave one of them.")
-        returned = num_return_sequences or 1
+        returned = 1 if num_return_sequences is None else num_return_sequences
+        for name, value in (("num_shots", num_shots), ("num_beams", num_beams), ("num_return_sequences", returned)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        check_temperature(temperature)
         if not do_sample and returned > num_beams:
             raise ValueError(
                 f"num_return_sequences={returned} is more than num_beams={num_beams}; raise num_beams or sample."
             )
-        if num_shots < 1:
-            raise ValueError(f"num_shots={num_shots} must be at least 1.")
         encoding = self.encode(query_embeds, candidate_embeds, candidate_mask, candidate_indices)
         batch, _, pool = encoding.available.shape
         smallest = int(encoding.available.sum(-1).min()) if batch else pool
@@ -412,27 +380,3 @@ class PointerSelector(PreTrainedModel):
             sequences=sequences.gather(1, order.unsqueeze(-1).expand(-1, -1, num_shots)),
             scores=scores.gather(1, order),
         )
-
-    def _check_inputs(self, query_embeds, candidate_embeds, candidate_mask, candidate_indices) -> None:
-        widths = (sum(self.config.query_features.values()), sum(self.config.candidate_features.values()))
-        if query_embeds.dim() != 2 or query_embeds.shape[1] != widths[0]:
-            raise ValueError(
-                f"query_embeds has shape {tuple(query_embeds.shape)}, expected (B, {widths[0]}) for the features "
-                f"{self.config.query_features}."
-            )
-        if candidate_embeds.dim() not in (2, 3) or candidate_embeds.shape[-1] != widths[1]:
-            raise ValueError(
-                f"candidate_embeds has shape {tuple(candidate_embeds.shape)}, expected (B, K, {widths[1]}) or "
-                f"(U, {widths[1]}) for the features {self.config.candidate_features}."
-            )
-        if candidate_embeds.dim() == 3 and candidate_indices is not None:
-            raise ValueError("candidate_indices needs shared candidates: give candidate_embeds as (U, D).")
-        if candidate_embeds.dim() == 3 and candidate_embeds.shape[0] != query_embeds.shape[0]:
-            raise ValueError(
-                f"candidate_embeds has {candidate_embeds.shape[0]} pools for {query_embeds.shape[0]} queries; give "
-                "one pool per query, or shared candidates as (U, D)."
-            )
-        pools = candidate_indices if candidate_indices is not None else candidate_embeds
-        shape = (query_embeds.shape[0], pools.shape[-1] if pools is candidate_indices else pools.shape[-2])
-        if candidate_mask is not None and tuple(candidate_mask.shape) != shape:
-            raise ValueError(f"candidate_mask has shape {tuple(candidate_mask.shape)}, expected {shape}.")

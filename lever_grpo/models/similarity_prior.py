@@ -43,7 +43,8 @@ class UnitVectors(nn.Module):
 
 class SimilarityPrior(nn.Module):
     r"""
-    Logits \\( s_t \sum_p m_{t,p} \cos(\tilde q_p, \tilde c_p) + s_t \sum_{j<t} \sum_f w_f \cos(\tilde a_{j,f}, \tilde c_f) \\).
+    Logits \\( s_t \sum_p m_{t,p} \cos(\tilde q_p, \tilde c_p)
+    + s_t \sum_{j<t} \sum_f w_f \cos(\tilde a_{j,f}, \tilde c_f) \\).
 
     Pairs p of features are mixed by learned weights m (at the start those of `config.prior_pairs`), apart for the
     first and the later picks; \\( \tilde x \\) is a learned low-rank change of the metric; w, zero at the start, says
@@ -87,17 +88,19 @@ class SimilarityPrior(nn.Module):
             parts = dict(zip(widths, embeds.split(list(widths.values()), dim=-1), strict=True))
             return {name: metric(parts[name]) for name, metric in metrics.items()}
 
-        query = features(query_embeds, self.query_widths, self.query_metric)
-        candidates = features(candidate_embeds, self.candidate_widths, self.candidate_metric)
-        if candidate_indices is not None:
-            candidates = {name: x[candidate_indices] for name, x in candidates.items()}  # (B, K, D)
-        cosines = torch.stack(
-            [(candidates[c] @ query[q].unsqueeze(-1)).squeeze(-1) for q, c in self.pairs], dim=-1
-        )  # (B, K, P)
-        scale = self.log_scale.exp()
-        first, later = (cosines @ self.mix.T * scale).unbind(-1)  # (B, K) each
-        likeness = torch.stack([x @ x.transpose(1, 2) for x in candidates.values()], dim=-1)  # (B, K, K, F)
-        return PriorEncoding(cosines, first, later, scale[1] * (likeness @ self.redundancy))
+        # in full precision whatever autocast says: with 8 bits, logits of 20 · cosine tie and rank falsely
+        with torch.autocast(query_embeds.device.type, enabled=False):
+            query = features(query_embeds, self.query_widths, self.query_metric)
+            candidates = features(candidate_embeds, self.candidate_widths, self.candidate_metric)
+            if candidate_indices is not None:
+                candidates = {name: x[candidate_indices] for name, x in candidates.items()}  # (B, K, D)
+            cosines = torch.stack(
+                [(candidates[c] @ query[q].unsqueeze(-1)).squeeze(-1) for q, c in self.pairs], dim=-1
+            )  # (B, K, P)
+            scale = self.log_scale.exp()
+            first, later = (cosines @ self.mix.T * scale).unbind(-1)  # (B, K) each
+            likeness = torch.stack([x @ x.transpose(1, 2) for x in candidates.values()], dim=-1)  # (B, K, K, F)
+            return PriorEncoding(cosines, first, later, scale[1] * (likeness @ self.redundancy))
 
     def forward(self, encoding: PriorEncoding, picks: torch.Tensor) -> torch.Tensor:
         """Logits (B, G, K) after `picks` (B, G, t); (B, 1, K) before the first."""

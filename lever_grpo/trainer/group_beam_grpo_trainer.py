@@ -79,7 +79,8 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
     ...         output_dir=folder, max_steps=4, eval_strategy="no", save_strategy="no", report_to="none", use_cpu=True,
     ...         disable_tqdm=True, logging_strategy="no",
     ...     )
-    ...     trainer = GroupBeamGRPOTrainer(PointerSelector(config), args, collator, train_dataset=sample.train)
+    ...     train_dataset = sample.load("train", shots=2)
+    ...     trainer = GroupBeamGRPOTrainer(PointerSelector(config), args, collator, train_dataset)
     ...     trainer.train().global_step
     4
 

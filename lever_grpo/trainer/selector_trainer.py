@@ -1,18 +1,25 @@
 """What the supervised stage and the post-training stages share: losses over groups, metrics, the best checkpoint."""
 
+import json
+import logging
 import math
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..models import PointerSelector
+from ..data import fully_scored
 from ..objectives import combine_rewards, reward_from_columns, sequence_coherence, sequence_diversity, step_entropy
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -339,15 +346,20 @@ class SelectorTrainer(Trainer):
         return super()._determine_best_metric(metrics, trial)
 
 
-def fully_scored(dataset: Any) -> bool:
-    """Whether every sequence of the group's length was scored for every query of a dataset."""
-    if not hasattr(dataset, "select_columns"):
-        return False
-    rows = dataset.select_columns(["candidate_ids", "sequences"])
-    return all(
-        len(row["sequences"]) == math.perm(len(row["candidate_ids"]), max(map(len, row["sequences"]), default=0))
-        for row in rows
-    )
+def last_checkpoint(folder: str | os.PathLike) -> str | None:
+    """
+    The latest whole checkpoint in a trainer's folder, `None` where there is none: one whose writing was cut off is
+    passed over. The trainer's state is written last and must parse.
+    """
+    found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):
+            logger.warning("%s is not whole (no readable %s): an earlier one is used", path, TRAINER_STATE_NAME)
+            continue
+        return str(path)
+    return None
 
 
 def rank_correlation(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:

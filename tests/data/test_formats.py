@@ -119,8 +119,16 @@ def test_lists_of_different_lengths_are_refused(load):
 def test_lever_plus_beams(load):
     beams = [
         # the order of `shots` is not trusted, the ids are: 10 was found first
-        {"shots": [{"id": 11, "score": 0.1}, {"id": 10, "score": 0.3}], "full_sequence": [11, 10, 7], "final_score": 0.1},
-        {"shots": [{"id": 10, "score": 0.3}, {"id": 12, "score": 0.4}], "full_sequence": [12, 10, 7], "final_score": 0.4},
+        {
+            "shots": [{"id": 11, "score": 0.1}, {"id": 10, "score": 0.3}],
+            "full_sequence": [11, 10, 7],
+            "final_score": 0.1,
+        },
+        {
+            "shots": [{"id": 10, "score": 0.3}, {"id": 12, "score": 0.4}],
+            "full_sequence": [12, 10, 7],
+            "final_score": 0.4,
+        },
     ]
     row = load({"7": {"beams": beams, "candidate_ids": POOL}})[0]
     assert ids(row) == [[10, 11], [10, 12]]
@@ -216,7 +224,9 @@ def test_pointer_alone_is_global(load):
 
 
 def test_pointer_and_pointer_global_must_agree(load):
-    with pytest.raises(BeamDataError, match=r"pointer_candidates\[0\].pointer.*\[11, 12\].*\[0, 1\].*stand for \[10, 11\]"):
+    with pytest.raises(
+        BeamDataError, match=r"pointer_candidates\[0\].pointer.*\[11, 12\].*\[0, 1\].*stand for \[10, 11\]"
+    ):
         load({"7": rl(pointer((0, 1), (11, 12)))})
 
 
@@ -240,7 +250,9 @@ def test_without_rewards_the_beam_score_is_the_score_and_without_it_one_is_asked
 
 @pytest.mark.parametrize(("order", "expected"), [("left", [10, 11]), ("right", [11, 10])])
 def test_scored_prompt_order(load, order, expected):
-    line = scored({"prompt_order": [11, 10], "score": -1.0, "correct": 1, "beam": True}, {"prompt_order": [12], "score": -3.0})
+    line = scored(
+        {"prompt_order": [11, 10], "score": -1.0, "correct": 1, "beam": True}, {"prompt_order": [12], "score": -3.0}
+    )
     row = load(json.dumps(line), "log.jsonl", construct_order=order)[0]
     assert ids(row) == [expected, [12]]
     assert row["scores"] == [-1.0, -3.0] and row["survived"] == [True, False] and row["zero_shot"] == -2.0
@@ -254,7 +266,9 @@ def test_scored_search_order(load):
 
 
 def test_parquet_and_dataset_rows_come_back_as_they_were(load, tmp_path):
-    line = scored({"prompt_order": [11, 10], "score": -1.0, "correct": 1, "beam": True}, {"prompt_order": [12], "score": -3.0})
+    line = scored(
+        {"prompt_order": [11, 10], "score": -1.0, "correct": 1, "beam": True}, {"prompt_order": [12], "score": -3.0}
+    )
     groups = load(json.dumps(line), "log.jsonl")
     groups.to_parquet(tmp_path / "again.parquet")
     groups.to_json(tmp_path / "again.jsonl")
@@ -272,7 +286,10 @@ def test_notes_survive_parquet(load, tmp_path):
 
 
 def test_layout_is_found_from_the_content(load, tmp_path):
-    records = [scored({"prompt_order": [10], "score": -1.0}), scored({"prompt_order": [11], "score": -1.0}, query_id=8)]
+    records = [
+        scored({"prompt_order": [10], "score": -1.0}),
+        scored({"prompt_order": [11], "score": -1.0}, query_id=8),
+    ]
     lines = "\n".join(map(json.dumps, records))
     assert len(load(lines, "wrong.parquet")) == 2
     assert len(load(json.dumps(records, indent=1), "array.txt")) == 2
@@ -322,17 +339,24 @@ def test_shots_filter_or_split(load):
 
 
 def test_counts_are_not_doubled_by_splitting(load):
-    line = scored({"prompt_order": [10], "score": 0.0}, {"prompt_order": [10], "score": 0.0}, {"prompt_order": [10, 11], "score": 1.0})
+    line = scored(
+        {"prompt_order": [10], "score": 0.0},
+        {"prompt_order": [10], "score": 0.0},
+        {"prompt_order": [10, 11], "score": 1.0},
+    )
     rows = load(json.dumps(line), "log.jsonl", shots=[1, 2])
     assert [row["notes"]["repeats"] for row in rows] == [1, 0]
 
 
 def test_max_group_size_keeps_survivors_and_spaces_the_others(load):
-    sequences = [{"prompt_order": [10 + i // 4, 20 + i % 4], "score": float((7 * i) % 16), "beam": i in (3, 5)} for i in range(16)]
+    sequences = [
+        {"prompt_order": [10 + i // 4, 20 + i % 4], "score": float((7 * i) % 16), "beam": i in (3, 5)}
+        for i in range(16)
+    ]
     line = json.dumps(scored(*sequences, pool=list(range(10, 30))))
     row = load(line, "log.jsonl", max_group_size=5)[0]
     assert len(row["scores"]) == 5 and sum(row["survived"]) == 2
-    others = [score for score, kept in zip(row["scores"], row["survived"]) if not kept]
+    others = [score for score, kept in zip(row["scores"], row["survived"], strict=True) if not kept]
     assert {0.0, 15.0} <= set(others)  # the worst and the best of the others, and one between
     assert 5 <= sorted(others)[1] <= 10
     whole = load(line, "log.jsonl")[0]["scores"]
@@ -360,7 +384,9 @@ def test_external_ids(load):
 def test_scores_must_be_finite_numbers(load, value):
     good = json.dumps({"6": lever_lm(id_list=[[11, 10, 6]], score_list=[0.5], shot_scores=None)})[:-1]
     bad = json.dumps({"7": lever_lm(score_list=["@", 0.4, 0.2], shot_scores=None)}).replace('"@"', value)[1:]
-    with pytest.raises(BeamDataError, match=r"log\.json: record '7', field 'score_list\[0\]': expected a finite number"):
+    with pytest.raises(
+        BeamDataError, match=r"log\.json: record '7', field 'score_list\[0\]': expected a finite number"
+    ):
         load(f"{good}, {bad}")
     line = json.dumps(scored({"prompt_order": [11], "score": "@"})).replace('"@"', value)
     with pytest.raises(BeamDataError, match=r"line 1, query 7, field 'sequences\[0\].score'"):

@@ -232,6 +232,8 @@ def test_curriculum_mask_takes_the_best_live_beams_and_the_first_of_ties():
     assert curriculum_mask(rewards, mask, top_k=2).tolist() == expected
     assert torch.equal(curriculum_mask(rewards, mask), mask)
     assert torch.equal(curriculum_mask(rewards, mask, top_k=99), mask)
+    many = torch.tensor([0.0, 1.0] * 100)  # long enough for sorts that are not stable to show it
+    assert torch.equal(curriculum_mask(many, top_k=10).nonzero().squeeze(-1), torch.arange(1, 20, 2))
 
 
 def test_half_and_integer_scores_are_computed_in_float32_and_float64_stays():

@@ -170,12 +170,13 @@ def test_padding_of_beams_shots_and_groups_changes_neither_loss_nor_gradient(los
         padded["log_probs"][0, 1, 1] = padded["old_log_probs"][0, 1, 1] = filler
         padded["sequence_mask"][:, 4:] = True  # a masked beam whose shots nobody masked
         padded_leaf = padded["log_probs"].requires_grad_()
-        padded_loss, padded_stats = loss_of(padded, **options)
+        with torch.autograd.set_detect_anomaly(True):  # not even an intermediate gradient may be NaN
+            padded_loss, padded_stats = loss_of(padded, **options)
+            (padded_gradient,) = torch.autograd.grad(padded_loss.sum(), padded_leaf)
         torch.testing.assert_close(padded_loss[:3], loss)
         assert padded_loss[3] == 0  # a group without live beams
         for name, value in stats.items():
             torch.testing.assert_close(padded_stats[name][:3], value)
-        (padded_gradient,) = torch.autograd.grad(padded_loss.sum(), padded_leaf)
         torch.testing.assert_close(padded_gradient[:3, :4, :2], gradient)
         padded_gradient[:3, :4, :2] = 0
         assert not padded_gradient.any()  # NaN counts as True

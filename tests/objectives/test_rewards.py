@@ -110,7 +110,7 @@ def test_coherence_and_diversity_equal_a_loop_over_sequences_and_pairs():
 def test_sequence_rewards_ignore_padding_order_and_length_of_the_vectors():
     query, pool, sequences, mask = embeddings()
     coherence, diversity = sequence_coherence(query, pool, sequences, mask), sequence_diversity(pool, sequences, mask)
-    other_padding = sequences.masked_fill(~mask, -1)
+    other_padding = sequences.masked_fill(~mask, -100)
     garbage = torch.cat([3.0 * pool, torch.full((2, 1, 5), NAN)], 1)  # a padded candidate that nothing picks
     torch.testing.assert_close(sequence_coherence(0.1 * query, garbage, other_padding, mask), coherence)
     torch.testing.assert_close(sequence_diversity(garbage, other_padding, mask), diversity)

@@ -1,0 +1,79 @@
+# The tasks of the repository. `make help` lists them.
+#
+# VENV     virtual environment (default .venv)
+# PYTHON   interpreter that it is made with, 3.10 or later (default python3)
+# ARGS     further arguments of the script that a target runs, e.g. `make demo ARGS="--seed 1"`
+# WORKERS  processes of `make test`
+
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed-docs
+# uv when it runs, pip when it does not; a command that is on the PATH but fails counts as missing
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
+
+ifeq ($(UV),uv)
+MAKE_VENV = uv venv --quiet --python "$$(command -v $(PYTHON))" $(VENV)
+PIP_INSTALL = uv pip install --quiet --python $(BIN)/python
+else
+MAKE_VENV = $(PYTHON) -m venv $(VENV)
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+endif
+
+# Nothing here contacts the Hub. More threads than cores make small models slower.
+OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+ONE_THREAD := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test quality format bench reproduce docs clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## create .venv and install the package with what tests and checks need
+
+$(INSTALLED): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) is not Python 3.10 or later; name one, e.g. make install PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(MAKE_VENV)
+	$(PIP_INSTALL) -e ".[test,quality]"
+	@touch $@
+
+demo: install  ## post-train the selector on the sample and print the report (outputs/demo)
+	$(OFFLINE) $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml \
+		recipes/okvqa_v3.py --config recipes/okvqa_v3.yaml --output_dir outputs/demo --overwrite true $(ARGS)
+
+# one thread a worker: torch would otherwise start as many as there are cores in each of them
+test: install  ## run the tests and the examples in the docstrings
+	$(OFFLINE) $(ONE_THREAD) MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) tests lever_grpo --doctest-modules $(ARGS)
+
+quality: install  ## lint, check the format and the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## repair what ruff can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## run every script in benchmarks/
+	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do \
+		echo "== $$script"; $(OFFLINE) $(BIN)/python $$script $(ARGS); done
+
+reproduce: install  ## run all seeds on all tasks and write the table of the documentation
+	$(OFFLINE) $(BIN)/python recipes/reproduce.py $(ARGS)
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(PIP_INSTALL) -e ".[docs]"
+	@touch $@
+
+docs: $(INSTALLED_DOCS)  ## build the documentation into build/docs
+	$(BIN)/python -m mkdocs build --strict
+
+clean:  ## remove caches and build products; .venv and outputs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find lever_grpo recipes benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,151 @@
+"""Choices of selectors on logged queries, and the baselines that they are held against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from ..data import DataCollatorForBeams, fully_scored
+from ..metrics import expected_reward, oracle_reward, random_reward, score_percentile
+from ..models import PointerSelector
+from ..report import MethodResult
+
+
+CORRECT_COLUMNS = ("correct", "vqa_correct")
+_POOL_INPUTS = ("query_embeds", "candidate_embeds", "candidate_indices", "candidate_mask")
+_FORWARD_INPUTS = (*_POOL_INPUTS, "sequences", "sequence_mask")
+
+
+@torch.no_grad()
+def choose(
+    selector: PointerSelector,
+    dataset: Dataset,
+    collator: DataCollatorForBeams,
+    num_shots: int = 2,
+    batch_size: int = 64,
+) -> NDArray[np.int64]:
+    """
+    The greedy choice of a selector for every query of a data set.
+
+    Args:
+        selector ([`PointerSelector`]):
+            The policy; it is left in evaluation mode.
+        dataset (`datasets.Dataset`):
+            Rows of [`load_beams`].
+        collator ([`DataCollatorForBeams`]):
+            Makes batches of rows.
+        num_shots (`int`, *optional*, defaults to `2`):
+            Number S of demonstrations.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Queries per batch.
+
+    Returns:
+        `NDArray` of shape `(Q, S)`: pool positions in search order.
+
+    Example:
+
+    ```python
+    >>> from lever_grpo import DataCollatorForBeams, PointerSelector, PointerSelectorConfig, load_sample
+    >>> from lever_grpo.inference import choose
+
+    >>> sample = load_sample("country_facts")
+    >>> collator = DataCollatorForBeams(sample.store, ("question",), ("question",))
+    >>> similarity = PointerSelector(PointerSelectorConfig(embed_dim=384, similarity_prior=True))
+    >>> choose(similarity, sample.load("heldout", shots=2).select(range(2)), collator).tolist()  # nearest first
+    [[0, 1], [0, 1]]
+
+    ```
+    """
+    selector.eval()
+    picks = []
+    for start in range(0, len(dataset), batch_size):
+        batch = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+        inputs = {name: batch[name].to(selector.device) for name in _POOL_INPUTS}
+        picks.append(selector.select(**inputs, num_shots=num_shots).sequences[:, 0].cpu().numpy())
+    return np.concatenate(picks)
+
+
+def evaluate_selectors(
+    selectors: Mapping[str, PointerSelector],
+    dataset: Dataset,
+    collator: DataCollatorForBeams,
+    num_shots: int = 2,
+) -> list[MethodResult]:
+    """
+    What the choices of several selectors were worth on held-out queries, beside zero-shot, random and the oracle.
+
+    Args:
+        selectors (`dict[str, PointerSelector]`):
+            Name of the report's row → policy.
+        dataset (`datasets.Dataset`):
+            Held-out queries. Where **every** sequence of `num_shots` shots was scored, the greedy choice is looked up;
+            elsewhere a selector is worth its expected reward within each logged group.
+        collator ([`DataCollatorForBeams`]):
+            Makes batches of rows.
+        num_shots (`int`, *optional*, defaults to `2`):
+            Number of demonstrations.
+
+    Returns:
+        `list[MethodResult]`: `zero_shot` (where the log knows it), `random` (the exact expectation over all
+        sequences), the selectors in their order, and `oracle`.
+
+    """
+    rows = list(dataset)
+    sequences = [row["sequences"] for row in rows]
+    scores = [row["scores"] for row in rows]
+    columns = [row.get("columns") or {} for row in rows]
+    named = next((name for name in CORRECT_COLUMNS if all(name in column for column in columns)), None)
+    correct = [column[named] for column in columns] if named else None
+
+    exact = fully_scored(dataset)
+    results = []
+    zero_shot = np.array([math.nan if row["zero_shot"] is None else row["zero_shot"] for row in rows])
+    if not np.isnan(zero_shot).any():
+        results.append(MethodResult("zero_shot", zero_shot))
+    results.append(
+        MethodResult(
+            "random",
+            random_reward(scores),
+            percentiles=np.full(len(rows), 50.0),
+            correct=None if correct is None else [float(np.mean(values)) for values in correct],
+        )
+    )
+    for name, selector in selectors.items():
+        if not exact:
+            results.append(MethodResult(name, _expected_rewards(selector, dataset, collator)))
+            continue
+        picks = choose(selector, dataset, collator, num_shots)
+        results.append(MethodResult.from_picks(name, picks, sequences, scores, correct))
+    best = oracle_reward(scores)
+    results.append(_oracle(best, scores, correct))
+    return results
+
+
+@torch.no_grad()
+def _expected_rewards(
+    selector: PointerSelector, dataset: Dataset, collator: DataCollatorForBeams, batch_size: int = 64
+) -> NDArray[np.float64]:
+    """Expected reward of the policy restricted to each logged group, (Q,)."""
+    selector.eval()
+    values = []
+    for start in range(0, len(dataset), batch_size):
+        batch = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+        rewards = batch.pop("rewards")["score"]
+        mask = batch["sequence_mask"].any(-1)
+        inputs = {name: batch[name].to(selector.device) for name in _FORWARD_INPUTS}
+        log_probs = selector(**inputs).log_probs.sum(-1).cpu()
+        values.append(expected_reward(log_probs.numpy(), rewards.numpy(), mask.numpy()))
+    return np.concatenate(values)
+
+
+def _oracle(best: NDArray[np.float64], scores: list[Any], correct: list[Any] | None) -> MethodResult:
+    answers = None
+    if correct is not None:
+        answers = [values[int(np.argmax(group))] for values, group in zip(correct, scores, strict=True)]
+    return MethodResult("oracle", best, percentiles=score_percentile(best, scores), correct=answers)

@@ -1,0 +1,79 @@
+"""Package metadata; tools are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+HERE = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """`__version__` of the package, without importing it."""
+    source = (HERE / "lever_grpo" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('lever_grpo/__init__.py: expected a line __version__ = "…", found none')
+    return match.group(1)
+
+
+# Upper bounds are the next major version of those that we subclass or whose files we write.
+REQUIREMENTS = [
+    "torch>=2.6",
+    "transformers>=5.20,<6",
+    "trl>=1.10,<2",  # the argument parser of the recipes
+    "datasets>=5.0,<6",
+    "accelerate>=1.10,<2",
+    "numpy>=1.26",
+    "safetensors>=0.5",
+    "pyarrow>=21.0",
+    "orjson>=3.10",
+    "ijson>=3.3",
+    "rich>=13.7",
+    "matplotlib>=3.9",
+    "pyyaml>=6.0.1",
+]
+
+EXTRAS = {
+    "peft": ["peft>=0.20,<1"],  # peft_config=… of the trainers
+    "deepspeed": ["deepspeed>=0.18"],  # accelerate_configs/deepspeed_zero2.yaml
+    # setuptools: a test builds the wheel; peft: adapters are tested
+    "test": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "scipy>=1.15", "setuptools>=77", "peft>=0.20,<1"],
+    "quality": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0.12"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
+}
+# deepspeed is left out: it compiles against a CUDA toolkit, which most machines lack
+EXTRAS["dev"] = sorted({item for name in ("peft", "test", "quality", "docs") for item in EXTRAS[name]})
+
+
+setup(
+    name="lever_grpo",
+    version=read_version(),
+    description="Post-train demonstration selectors for in-context learning on logged beams: RCE, then offline GRPO",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The lever_grpo authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="in-context learning, demonstration selection, GRPO, offline reinforcement learning, pointer network",
+    packages=find_packages(include=["lever_grpo", "lever_grpo.*"]),
+    package_data={"lever_grpo": ["py.typed", "sample/**"]},
+    python_requires=">=3.10",
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["lever-grpo = lever_grpo.cli:main"]},
+    zip_safe=False,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
