@@ -39,7 +39,14 @@ EXTRAS = {
     "peft": ["peft>=0.20,<1"],  # peft_config=… of the trainers
     "deepspeed": ["deepspeed>=0.18"],  # accelerate_configs/deepspeed_zero2.yaml
     # setuptools: a test builds the wheel; peft: adapters are tested
-    "test": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "scipy>=1.15", "setuptools>=77", "peft>=0.20,<1"],
+    "test": [
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.120",
+        "scipy>=1.15",
+        "setuptools>=77",
+        "peft>=0.20,<1",
+    ],
     "quality": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0.12"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
 }

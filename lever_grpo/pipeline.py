@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import shutil
@@ -17,7 +18,15 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
 
-from .data import DataCollatorForBeams, EmbeddingStore, complete_scores, load_beams, load_sample, split_by_query
+from .data import (
+    DataCollatorForBeams,
+    EmbeddingStore,
+    complete_scores,
+    drop_candidates,
+    load_beams,
+    load_sample,
+    split_by_query,
+)
 from .data.records import BeamDataError
 from .inference import evaluate_selectors
 from .models import PRESETS, PointerSelector, PointerSelectorConfig
@@ -46,6 +55,9 @@ class RecipeArguments:
         validation_data, heldout_data (`str`, *optional*):
             Beam logs of other queries: to choose checkpoints on, and to report on. Without them, shares of the training
             queries are set aside.
+        entities (`str`, *optional*):
+            JSON file `{"row id": "what the row is about"}` (an image, a person): splits keep rows about the same thing
+            together, and no query's pool holds another row about its own thing.
         validation_size, heldout_size (`float`, *optional*, defaults to `0.2`):
             Those shares.
         query_features, candidate_features (`list[str]`, *optional*):
@@ -74,6 +86,7 @@ class RecipeArguments:
     candidate_pools: str | None = field(default=None, metadata={"help": "Side file with the candidate pools."})
     validation_data: str | None = field(default=None, metadata={"help": "Beam log to choose checkpoints on."})
     heldout_data: str | None = field(default=None, metadata={"help": "Beam log to report on."})
+    entities: str | None = field(default=None, metadata={"help": "JSON file: row id -> what the row is about."})
     validation_size: float = field(default=0.2, metadata={"help": "Share of training queries, without such a log."})
     heldout_size: float = field(default=0.2, metadata={"help": "Share of training queries, without such a log."})
     query_features: list[str] | None = field(default=None, metadata={"help": "Embeddings of the query side."})
@@ -135,6 +148,7 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
         name, store = recipe.task, sample.store
         features = (sample.query_features, sample.candidate_features)
         paths: dict[str, Any] = dict(sample.splits)
+        entities = sample.entities()
     else:
         if recipe.embeddings is None:
             raise ValueError("beam_data is given without embeddings: the selector sees rows through them; name them.")
@@ -143,6 +157,7 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
         paths = {"train": recipe.beam_data, "validation": recipe.validation_data, "heldout": recipe.heldout_data}
         paths = {split: path for split, path in paths.items() if path is not None}
         options["candidate_pools"] = recipe.candidate_pools
+        entities = _read_entities(recipe.entities)
     collator = DataCollatorForBeams(
         store,
         tuple(recipe.query_features or features[0]),
@@ -153,38 +168,50 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
     shots = recipe.num_shots
     train = load_beams(paths["train"], shots=shots, **options)
     notes: list[str] = []
-    parts = {"validation": recipe.validation_size, "heldout": recipe.heldout_size}
     held_back: dict[str, Dataset] = {}
-    for split, size in parts.items():
+    for split, size in (("validation", recipe.validation_size), ("heldout", recipe.heldout_size)):
         if split in paths:
             held_back[split] = load_beams(paths[split], shots=shots, **{**options, "max_group_size": None})
             continue
-        divided = split_by_query(train, size, seed)
-        train, rest = divided["train"], set(divided["test"]["query_id"])
-        held_back[split], note = _completed(paths["train"], rest, train, shots, options)
-        notes.append(f"{split}: {len(rest)} queries set aside from the training log; {note}")
+        divided = split_by_query(train, size, seed, entities)
+        train, queries = divided["train"], set(divided["test"]["query_id"])
+        held_back[split], note = _completed(paths["train"], queries, entities, shots, options)
+        notes.append(f"{split}: {len(queries)} queries set aside from the training log; {note}")
+    # a selector remembers the candidates of its training pools: queries that it is judged on may not be among them
+    unseen = {query for dataset in held_back.values() for query in dataset["query_id"]}
+    train = drop_candidates(train, unseen, entities)
     if recipe.max_samples is not None and recipe.max_samples < len(train):
         train = train.shuffle(seed=seed).select(range(recipe.max_samples))
     _check_ids(collator.store, {"train": train, **held_back})
     return TaskData(name, train, held_back["validation"], held_back["heldout"], collator, shots, notes)
 
 
+def _read_entities(path: str | None) -> dict[int, str]:
+    if path is None:
+        return {}
+    try:
+        return {int(row): str(entity) for row, entity in json.loads(Path(path).read_text("utf-8")).items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{path}: expected a JSON object {{"row id": "entity"}}; {error}') from error
+
+
 def _completed(
-    path: Any, queries: set[int], train: Dataset, shots: int, options: dict[str, Any]
+    path: Any, queries: set[int], entities: dict[int, str], shots: int, options: dict[str, Any]
 ) -> tuple[Dataset, str]:
     """Groups of some queries of a log, with estimates of what was not scored where that is possible."""
-    log = load_beams(path, **{**options, "max_group_size": None})
-    ids = log["query_id"][:]
-    rows = log.select([i for i, query in enumerate(ids) if query in queries])
-    kept = set(train["query_id"][:])
-    others = log.select([i for i, query in enumerate(ids) if query in kept])
+    options = {**options, "max_group_size": None}
+
+    def of_queries(log: Dataset) -> Dataset:
+        chosen = log.select([i for i, query in enumerate(log["query_id"]) if query in queries])
+        return drop_candidates(chosen, entities=entities)
+
+    log = load_beams(path, **options)
     try:
-        return complete_scores(rows, fit_on=others, shots=shots), "sequences that were not scored are estimated"
+        completed = complete_scores(of_queries(log), fit_on=log, shots=shots)
+        return completed, "sequences that were not scored are estimated"
     except BeamDataError as error:
         logger.warning("the greedy pick cannot be judged on these queries (%s); the expected reward is used", error)
-        partial = load_beams(path, shots=shots, **{**options, "max_group_size": None})
-        chosen = [i for i, query in enumerate(partial["query_id"][:]) if query in queries]
-        return partial.select(chosen), "judged by the expected reward within the logged group"
+        return of_queries(load_beams(path, shots=shots, **options)), "judged by the expected reward within the group"
 
 
 def _check_ids(store: EmbeddingStore, splits: dict[str, Dataset]) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -34,6 +35,10 @@ from lever_grpo.data import load_beams
 
 TEXT_WIDTH = 384
 IMAGE_DIRECTIONS = 256
+COUNTRY = re.compile(
+    r"(?:Which region of the world is|Which continent is|What is the \w+(?: \w+)? of|What are people from) "
+    r"(.+?)(?: in| called)?\?$"
+)
 JSON_EXAMPLE = "country_facts"  # the task whose Lever-LM file comes along as an example of that format
 
 
@@ -81,6 +86,18 @@ def store_once(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
     return {name: different, f"{name}.rows": index.reshape(-1).astype(np.int32)}
 
 
+def entities(task: str, questions: list[str], images: np.ndarray | None) -> list[str] | None:
+    """What each row is about, so that leaks can be avoided: the country that is asked for, the image that is shown."""
+    if task == "country_facts":
+        found = [COUNTRY.match(question) for question in questions]
+        if None in found:
+            raise ValueError(f"no country found in {questions[found.index(None)]!r}")
+        return [match.group(1) for match in found if match is not None]
+    if images is not None:
+        return [f"image {i}" for i in np.unique(images, axis=0, return_inverse=True)[1].reshape(-1)]
+    return None
+
+
 def embed_texts(texts: list[str], encoder: Path) -> np.ndarray:
     """Unit-length sentence embeddings, (N, 384): the masked mean of the last hidden state."""
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -112,19 +129,23 @@ def build_task(source: Path, target: Path, encoder: Path) -> dict[str, object]:
     if [row["id"] for row in rows] != list(range(len(rows))):
         raise ValueError(f"{source / 'rows.jsonl'}: ids must count up from 0")
     columns = {name: [row[name] for row in rows] for name in ("id", "question", "answer")}
+    query = np.load(source / "query_embeddings.npy", allow_pickle=False)
+    images = query[:, TEXT_WIDTH:] if query.shape[1] > TEXT_WIDTH else None
+    about = entities(source.name, columns["question"], images)
+    if about is not None:
+        columns["entity"] = about
     pq.write_table(pa.table(columns), target / "rows.parquet", compression="zstd", compression_level=19)
 
-    query = np.load(source / "query_embeddings.npy", allow_pickle=False)
     candidate = np.load(source / "candidate_embeddings.npy", allow_pickle=False)
     embeddings = {"question": query[:, :TEXT_WIDTH], "question_answer": candidate[:, :TEXT_WIDTH]}
     answers = sorted(set(columns["answer"]))
     of_answer = dict(zip(answers, embed_texts(answers, encoder), strict=True))
     embeddings["answer"] = np.stack([of_answer[answer] for answer in columns["answer"]])
-    if query.shape[1] > TEXT_WIDTH:
-        if not np.array_equal(query[:, TEXT_WIDTH:], candidate[:, TEXT_WIDTH:]):
+    if images is not None:
+        if not np.array_equal(images, candidate[:, TEXT_WIDTH:]):
             raise ValueError(f"{source}: the two sides must see the same image embeddings, as they are stored once")
         fit_rows = np.setdiff1d(np.arange(len(query)), evaluation_queries)
-        embeddings["image"], report["image"] = reduce_image(query[:, TEXT_WIDTH:], fit_rows)
+        embeddings["image"], report["image"] = reduce_image(images, fit_rows)
     tensors: dict[str, np.ndarray] = {}
     for name, array in embeddings.items():
         tensors.update(store_once(name, array.astype(np.float16)))

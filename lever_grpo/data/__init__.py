@@ -8,7 +8,7 @@ from .inspect import LogReport, inspect_log, print_report
 from .orders import parse_log_name, to_prompt_order, to_search_order
 from .records import BeamDataError
 from .sample import SampleTask, list_samples, load_sample
-from .splits import split_by_query
+from .splits import drop_candidates, split_by_query
 
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "LogReport",
     "SampleTask",
     "complete_scores",
+    "drop_candidates",
     "fully_scored",
     "inspect_log",
     "list_samples",

@@ -82,8 +82,12 @@ class SampleTask:
         return EmbeddingStore.from_safetensors(self.folder / "embeddings.safetensors")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Question and answer of every row; the position in the list is the row id."""
+        """Question, answer and (where rows share one) entity of every row; the position in the list is the row id."""
         return pq.read_table(self.folder / "rows.parquet").to_pylist()
+
+    def entities(self) -> dict[int, str]:
+        """What each row is about, for `split_by_query` and `drop_candidates`: its country or image; else empty."""
+        return {row["id"]: row["entity"] for row in self.rows() if "entity" in row}
 
 
 def list_samples() -> list[str]:

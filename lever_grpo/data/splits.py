@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Hashable, Mapping
+from typing import Any
+
 import numpy as np
 from datasets import Dataset, DatasetDict
 
 
-def split_by_query(dataset: Dataset, test_size: float | int = 0.1, seed: int = 0) -> DatasetDict:
+_PER_SEQUENCE = ("sequences", "scores", "shot_scores", "survived", "source")
+
+
+def split_by_query(
+    dataset: Dataset,
+    test_size: float | int = 0.1,
+    seed: int = 0,
+    entities: Mapping[int, Hashable] | None = None,
+) -> DatasetDict:
     """Split into `train` and `test` by query; queries are drawn at random, as neighbours in a file are alike.
 
     Args:
@@ -16,6 +27,9 @@ def split_by_query(dataset: Dataset, test_size: float | int = 0.1, seed: int = 0
             Share of the queries (between 0 and 1) or their number.
         seed (`int`, *optional*, defaults to `0`):
             The same seed gives the same queries, whatever the order of the rows.
+        entities (`dict[int, Hashable]`, *optional*):
+            What each query is about (an image, a country): queries about the same thing stay on one side. `test` then
+            has at least `test_size` queries, and as few more as the last entity brings.
 
     Example:
 
@@ -35,9 +49,77 @@ def split_by_query(dataset: Dataset, test_size: float | int = 0.1, seed: int = 0
         raise ValueError(
             f"test_size must leave queries on both sides: got {test_size!r}, that is {count} of {len(queries)} queries"
         )
-    chosen = np.random.default_rng(seed).permutation(queries)[:count]
+    shuffled = np.random.default_rng(seed).permutation(queries)
+    if entities:
+        groups: dict[Hashable, list[int]] = {}
+        for query in shuffled.tolist():
+            groups.setdefault(("entity", entities[query]) if query in entities else ("query", query), []).append(query)
+        shuffled = np.array([query for group in groups.values() for query in group])
+        ends = np.cumsum([len(group) for group in groups.values()])
+        count = int(ends[np.searchsorted(ends, count)])
+    chosen = shuffled[:count]
     is_test = np.isin(ids, chosen)
     return DatasetDict(
         train=dataset.select(np.flatnonzero(~is_test)),
         test=dataset.select(np.flatnonzero(is_test)),
     )
+
+
+def drop_candidates(
+    dataset: Dataset, ids: Collection[int] = (), entities: Mapping[int, Hashable] | None = None
+) -> Dataset:
+    """Take candidates out of the pools, with every sequence that holds one of them.
+
+    A selector remembers the candidates that it was trained with. Held-out queries that stood in training pools as
+    candidates, or training queries whose pool holds a row about the same thing, make training look better than it is:
+    what was learned there is not there when it counts.
+
+    Args:
+        dataset (`Dataset`):
+            Groups of [`load_beams`].
+        ids (collection of `int`, *optional*):
+            Rows that no pool may hold, such as the validation and held-out queries.
+        entities (`dict[int, Hashable]`, *optional*):
+            What each row is about (an image, a country). A candidate about the same thing as its query is taken out.
+            Rows that are not in it are about nothing else.
+
+    Returns:
+        `Dataset`: the groups that still hold a sequence, in their order; pool positions are renumbered.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from lever_grpo.data import drop_candidates
+    >>> row = {"query_id": 0, "candidate_ids": [4, 5, 6], "sequences": [[0, 2], [1, 2]], "scores": [-1.0, -2.0]}
+    >>> drop_candidates(Dataset.from_list([row]), ids=[4])[0]
+    {'query_id': 0, 'candidate_ids': [5, 6], 'sequences': [[0, 1]], 'scores': [-2.0]}
+
+    ```
+    """
+    banned = frozenset(ids)
+    about = entities or {}
+    missing = object()
+
+    def clean(row: dict[str, Any]) -> dict[str, Any]:
+        entity = about.get(row["query_id"], missing)
+        kept = [i for i, c in enumerate(row["candidate_ids"]) if c not in banned and about.get(c) != entity]
+        if len(kept) == len(row["candidate_ids"]):
+            return row
+        position = {old: new for new, old in enumerate(kept)}
+        live = [all(i in position for i in sequence) for sequence in row["sequences"]]
+        cleaned = {
+            name: [x for x, keep in zip(row[name], live, strict=True) if keep]
+            for name in _PER_SEQUENCE
+            if row.get(name) is not None and len(row[name]) == len(live)
+        }
+        if row.get("columns"):
+            cleaned["columns"] = {
+                name: None if values is None else [x for x, keep in zip(values, live, strict=True) if keep]
+                for name, values in row["columns"].items()
+            }
+        cleaned["sequences"] = [[position[i] for i in sequence] for sequence in cleaned["sequences"]]
+        return {**row, **cleaned, "candidate_ids": [row["candidate_ids"][i] for i in kept]}
+
+    cleaned = dataset.map(clean, load_from_cache_file=False)
+    return cleaned.select([i for i, sequences in enumerate(cleaned["sequences"]) if len(sequences)])

@@ -98,7 +98,9 @@ class PointerSelectorConfig(PreTrainedConfig):
         self.query_features = dict(self.query_features or {"embedding": self.embed_dim})
         self.candidate_features = dict(self.candidate_features or {"embedding": self.embed_dim})
         if self.prior_pairs is None:
-            shared = self.query_features.keys() & self.candidate_features.keys()
+            shared = [
+                name for name, width in self.query_features.items() if self.candidate_features.get(name) == width
+            ]
             self.prior_pairs = {
                 f"{query}:{candidate}": 1.0 / len(shared) if query == candidate else 0.0
                 for query, width in self.query_features.items()
@@ -158,8 +160,8 @@ class PointerSelectorConfig(PreTrainedConfig):
             return
         if not self.prior_pairs:
             raise ValueError(
-                f"similarity_prior=True, but query and candidates share no feature ({list(self.query_features)} and "
-                f"{list(self.candidate_features)}); name the pairs to compare in prior_pairs."
+                "similarity_prior=True, but query and candidates share no feature of one width "
+                f"({self.query_features} and {self.candidate_features}); name the pairs to compare in prior_pairs."
             )
         for pair in self.prior_pairs:
             query, _, candidate = pair.partition(":")

@@ -262,10 +262,10 @@ class PointerSelector(PreTrainedModel):
             raise TypeError(f"forward got {unknown[0]!r}, which a selector does not take; leave it out.")
         if sequences is None:
             raise ValueError("forward needs `sequences` (B, G, S); to have them chosen, call `select`.")
-        check_sequences(query_embeds, sequences, sequence_mask)
         check_temperature(temperature)
-        batch, group, shots = sequences.shape
         encoding = self.encode(query_embeds, candidate_embeds, candidate_mask, candidate_indices)
+        check_sequences(query_embeds, sequences, sequence_mask)
+        batch, group, shots = sequences.shape
         pool = encoding.candidates.shape[1]
         if sequence_mask is None:
             sequence_mask = torch.ones_like(sequences, dtype=torch.bool)

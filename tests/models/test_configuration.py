@@ -29,11 +29,11 @@ def test_one_unnamed_feature_has_the_width_embed_dim():
     assert config.prior_pairs == {"embedding:embedding": 1.0}
 
 
-def test_by_default_the_prior_mixes_shared_features_equally():
+def test_by_default_the_prior_mixes_shared_features_equally_and_has_the_other_pairs_at_zero():
     config = PointerSelectorConfig(
         query_features={"text": 4, "image": 3, "topic": 2}, candidate_features={"image": 3, "text": 4, "answer": 4}
     )
-    assert config.prior_pairs == {"text:text": 0.5, "image:image": 0.5}
+    assert config.prior_pairs == {"text:text": 0.5, "text:answer": 0.0, "image:image": 0.5}
 
 
 def test_a_saved_config_comes_back_with_its_features_in_order(tmp_path):
@@ -50,8 +50,8 @@ def test_a_saved_config_comes_back_with_its_features_in_order(tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is PointerSelectorConfig
     saved, back = config.to_dict(), loaded.to_dict()
-    assert {k: saved[k] for k in saved if k != "transformers_version"} == {
-        k: back[k] for k in back if k != "transformers_version"
+    assert {name: back[name] for name in saved if name != "_name_or_path"} == {
+        name: value for name, value in saved.items() if name != "_name_or_path"
     }
     # the order is that of the embeddings' columns and of the prior's weights: dict equality would not see it change
     for name in ("query_features", "candidate_features", "prior_pairs"):
@@ -80,7 +80,11 @@ def test_a_saved_config_comes_back_with_its_features_in_order(tmp_path):
         ({"candidate_features": {"a.b": 2}}, "candidate_features has the name 'a.b'"),
         (
             {"similarity_prior": True, "query_features": {"a": 2}, "candidate_features": {"b": 2}},
-            r"share no feature \(\['a'\] and \['b'\]\)",
+            r"share no feature of one width \(\{'a': 2\} and \{'b': 2\}\)",
+        ),
+        (
+            {"similarity_prior": True, "query_features": {"a": 2}, "candidate_features": {"a": 3}},
+            "share no feature of one",
         ),
         ({"similarity_prior": True, "prior_pairs": {"embedding": 1.0}}, "prior_pairs has 'embedding' with widths"),
         (

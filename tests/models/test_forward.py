@@ -203,9 +203,10 @@ def test_shared_candidates_with_indices_equal_a_pool_per_query(variant):
     shared = {**batch, "candidate_embeds": unique, "candidate_indices": indices}
     own = {**batch, "candidate_embeds": unique[indices]}
     mask = torch.tensor([[True, True, True, True, True], [True, True, True, True, False]])
-    weights = torch.rand(2, 3, 3, dtype=torch.float64) * (own["sequences"] != 4)
-    lives = {"sequence_mask": own["sequences"] != 4, "candidate_mask": mask}
-    close(selector(**shared, **lives).log_probs, selector(**own, **lives).log_probs)
+    sequences = torch.stack([batch["sequences"][0], torch.tensor([[3, 0, 2], [1, 2, 3], [0, 1, 2]])])
+    lives = {"sequences": sequences, "candidate_mask": mask}
+    weights = torch.rand(2, 3, 3, dtype=torch.float64)
+    close(selector(**{**shared, **lives}).log_probs, selector(**{**own, **lives}).log_probs)
     expected = gradients(selector, {**own, **lives}, weights)
     for name, gradient in gradients(selector, {**shared, **lives}, weights).items():
         close(gradient, expected[name], msg=lambda text, name=name: f"{name}: {text}")

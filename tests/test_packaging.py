@@ -1,0 +1,250 @@
+"""What a stranger gets: metadata, package data, lazy imports, accelerate configs, the README's example."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import lever_grpo
+
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = {
+    # name: distributed type, fewest processes, on the CPU
+    "cpu": ("NO", 1, True),
+    "single_gpu": ("NO", 1, False),
+    "multi_gpu": ("MULTI_GPU", 2, False),
+    "fsdp2": ("FSDP", 2, False),
+    "deepspeed_zero2": ("DEEPSPEED", 2, False),
+}
+PUBLIC_NAMES = [
+    "BeamJson",
+    "CurriculumCallback",
+    "DataCollatorForBeams",
+    "EmbeddingStore",
+    "GroupBeamGRPOConfig",
+    "GroupBeamGRPOTrainer",
+    "KLBetaCallback",
+    "PointerSelector",
+    "PointerSelectorConfig",
+    "SelectorSFTTrainer",
+    "TemperatureCallback",
+    "clip_advantages",
+    "compute_softmax_weights",
+    "load_beams",
+    "normalize_rewards_zscore",
+]
+
+
+def run_python(code: str, cwd: Path = ROOT, timeout: float = 300) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+# ---- names ----
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_public_names(name):
+    assert name in lever_grpo.__all__
+    assert getattr(lever_grpo, name).__name__ == name
+
+
+def test_every_public_name_resolves():
+    missing = [name for name in lever_grpo.__all__ if not hasattr(lever_grpo, name)]
+    assert not missing
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = lever_grpo.no_such_name
+
+
+def test_import_and_help_do_not_load_torch():
+    code = """
+import sys
+import lever_grpo
+from lever_grpo.cli import build_parser
+build_parser().format_help()
+print([name for name in ("torch", "transformers", "datasets") if name in sys.modules])
+"""
+    assert run_python(code).strip() == "[]"
+
+
+# ---- metadata ----
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of a copy of the working tree, so that nothing is built inside it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "lever_grpo", folder / "lever_grpo", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests" / "metrics", folder / "tests" / "metrics")
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
+    name = run_python(build, cwd=folder).strip().splitlines()[-1]
+    with zipfile.ZipFile(folder / "dist" / name) as archive:
+        info = next(entry.rpartition("/")[0] for entry in archive.namelist() if entry.endswith(".dist-info/METADATA"))
+        texts = {part: archive.read(f"{info}/{part}").decode() for part in ("METADATA", "entry_points.txt")}
+        return set(archive.namelist()), texts
+
+
+def test_wheel_holds_modules_sample_and_marker(wheel):
+    files, _ = wheel
+    package = ROOT / "lever_grpo"
+    kept = (path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    expected = {path.relative_to(ROOT).as_posix() for path in kept}
+    assert {"lever_grpo/py.typed", "lever_grpo/sample/README.md", "lever_grpo/sample/emoji/train.parquet"} <= expected
+    assert not expected - files
+    assert not {name for name in files if not name.startswith("lever_grpo")}, "only the package belongs in the wheel"
+
+
+def test_version_is_the_same_everywhere(wheel):
+    version = lever_grpo.__version__
+    assert f"\nVersion: {version}\n" in wheel[1]["METADATA"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    heading = "## [Unreleased]" if ".dev" in version else f"## [{version}]"
+    assert heading in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_entry_point_and_licence(wheel):
+    _, texts = wheel
+    assert "lever-grpo = lever_grpo.cli:main" in texts["entry_points.txt"]
+    assert "License-Expression: Apache-2.0" in texts["METADATA"]
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
+
+
+def requirements(metadata: str, extra: str = "") -> dict[str, Requirement]:
+    """Requirements without an extra, or with the named one, by canonical name."""
+    found = [
+        Requirement(line.partition(": ")[2]) for line in metadata.splitlines() if line.startswith("Requires-Dist")
+    ]
+    wanted = [
+        r for r in found if (r.marker is None and not extra) or (r.marker and r.marker.evaluate({"extra": extra}))
+    ]
+    return {canonicalize_name(r.name): r for r in wanted}
+
+
+def imported(folder: Path) -> set[str]:
+    """Names of the distributions that the modules of a folder import, at any depth of the code."""
+    top = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                top |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                top.add(node.module.partition(".")[0])
+    homes = packages_distributions()
+    third_party = top - set(sys.stdlib_module_names) - {"lever_grpo"}
+    return {canonicalize_name(homes.get(name, [name])[0]) for name in third_party}
+
+
+def test_requirements_cover_the_imports(wheel):
+    metadata = wheel[1]["METADATA"]
+    base, optional = requirements(metadata), requirements(metadata, "peft")
+    for folder in ("lever_grpo", "recipes", "benchmarks"):
+        assert not imported(ROOT / folder) - base.keys() - optional.keys(), f"{folder} imports what is not required"
+    assert {"pytest", "hypothesis", "scipy", "peft"} <= requirements(metadata, "test").keys()
+    assert {"ruff", "mypy"} <= requirements(metadata, "quality").keys()
+
+
+@pytest.mark.parametrize("name", ["transformers", "trl", "datasets", "accelerate"])
+def test_libraries_that_we_subclass_are_bounded(wheel, name):
+    specifier = requirements(wheel[1]["METADATA"])[name].specifier
+    assert {part.operator for part in specifier} == {">=", "<"}, f"{name}: {specifier}"
+
+
+# ---- accelerate configs ----
+
+
+def test_every_accelerate_config_is_tested():
+    assert {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")} == CONFIGS.keys()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_accelerate_config(name):
+    """accelerate's own loader refuses unknown keys; its launcher checks that options fit together."""
+    distributed_type, processes, use_cpu = CONFIGS[name]
+    path = str(ROOT / "accelerate_configs" / f"{name}.yaml")
+    config = load_config_from_file(path)
+    assert isinstance(config, ClusterConfig)
+    assert config.distributed_type == distributed_type
+    assert config.num_processes >= processes and (processes > 1 or config.num_processes == 1)
+    assert config.use_cpu is use_cpu
+    assert config.mixed_precision == "no"  # a value here would overrule the recipe's bf16=False
+
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "recipe.py"]))
+    assert args.mixed_precision == "no"
+    assert (args.multi_gpu, args.use_fsdp, args.use_deepspeed) == tuple(
+        distributed_type == kind for kind in ("MULTI_GPU", "FSDP", "DEEPSPEED")
+    )
+    if name == "fsdp2":
+        assert (args.fsdp_version, args.fsdp_auto_wrap_policy) == (2, "NO_WRAP")
+    if name == "deepspeed_zero2":
+        assert args.zero_stage == 2 and args.gradient_clipping == "auto"
+
+
+def test_nested_keys_of_accelerate_configs_are_known():
+    """The loader takes any key inside these sections; the launcher's options say which exist."""
+    options = vars(launch_command_parser().parse_args(["recipe.py"]))
+    for path in (ROOT / "accelerate_configs").glob("*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        for section in ("fsdp_config", "deepspeed_config"):
+            assert not config.get(section, {}).keys() - options.keys(), f"{path.name}: {section}"
+
+
+# ---- files ----
+
+
+def tracked_files() -> list[Path]:
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_file_names_a_machine():
+    """Absolute paths of somebody's machine and hosts of package indexes have no place in a repository."""
+    roots = "|".join(("home", "root", "work", "Users", "mnt", "workspace", "opt"))
+    hosts = "|".join(("pypi", "pythonhosted", "registry.npmjs", "mirrors"))
+    forbidden = re.compile(rf"(?<![\w.~)>/-])/(?:{roots})/\w|\b(?:{hosts})\.(?:org|io|com)\b")
+    assert forbidden.search('path = "/' + 'home/me/x"') and forbidden.search("https://" + "pypi" + ".org/simple")
+    offenders = []
+    for path in tracked_files():
+        data = path.read_bytes()
+        if b"\0" in data[:8192]:
+            continue
+        for number, line in enumerate(data.decode("utf-8", errors="replace").splitlines(), start=1):
+            if forbidden.search(line):
+                offenders.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert not offenders
+
+
+def test_relative_links_of_documents_exist():
+    broken = []
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
+            if "://" not in target and not (path.parent / target).exists():
+                broken.append(f"{path.relative_to(ROOT)}: {target}")
+    assert not broken
+
+
+def test_readme_quick_start_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 1
+    code, replaced = re.subn('report_to="none"', 'report_to="none", max_steps=4, use_cpu=True', blocks[0])
+    assert replaced == 1
+    header = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    check = "\nprint(trainer.state.global_step, PointerSelector.from_pretrained('outputs/quickstart/selector').dtype)"
+    assert run_python(header + code + check, cwd=tmp_path).strip().splitlines()[-1] == "4 torch.float32"
