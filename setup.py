@@ -61,7 +61,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The lever_grpo authors",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     keywords="in-context learning, demonstration selection, GRPO, offline reinforcement learning, pointer network",
     packages=find_packages(include=["lever_grpo", "lever_grpo.*"]),

@@ -9,14 +9,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import set_seed
+from transformers import TrainerState, TrainingArguments, set_seed
+from trl import TrlParser
 
 from .data import (
     DataCollatorForBeams,
@@ -31,11 +33,12 @@ from .data.records import BeamDataError
 from .inference import evaluate_selectors
 from .models import PRESETS, PointerSelector, PointerSelectorConfig
 from .report import MethodResult, build_report, print_report, save_results, write_report
-from .trainer import GroupBeamGRPOConfig, GroupBeamGRPOTrainer, SelectorSFTConfig, SelectorSFTTrainer
-from .trainer.selector_trainer import last_checkpoint
+from .trainer import GroupBeamGRPOConfig, GroupBeamGRPOTrainer, SelectorSFTConfig, SelectorSFTTrainer, SelectorTrainingArguments, fit_answer_agreement
+from .trainer.checkpoints import last_checkpoint
 
 
 logger = logging.getLogger(__name__)
+TrainingConfig = TypeVar("TrainingConfig", bound=SelectorTrainingArguments)
 
 
 @dataclass
@@ -70,6 +73,10 @@ class RecipeArguments:
             Number of training queries to use, drawn with the seed.
         sft_ckpt (`str`, *optional*):
             Selector to start from (folder or Hub id). Without it, the supervised stage is run first.
+        warm_start_steps (`int`, *optional*, defaults to `0`):
+            Steps of [`fit_answer_agreement`] before the supervised stage; kept where validation says that it helps.
+        answer_feature (`str`, *optional*, defaults to `"answer"`):
+            The embedding of the answers that it needs.
         sft_epochs, sft_learning_rate, sft_num_beams:
             The supervised stage: its epochs, peak learning rate, and the best beams that it imitates.
         model_preset (`str`, *optional*, defaults to `"v3"`):
@@ -95,10 +102,15 @@ class RecipeArguments:
     max_group_size: int | None = field(default=None, metadata={"help": "Sequences kept per group; default all."})
     max_samples: int | None = field(default=None, metadata={"help": "Training queries to use; default all."})
     sft_ckpt: str | None = field(default=None, metadata={"help": "Selector to start from: a folder or a Hub id."})
+    warm_start_steps: int = field(
+        default=0, metadata={"help": "Steps of the warm start on the agreement of answers; 0 leaves it out."}
+    )
+    answer_feature: str = field(default="answer", metadata={"help": "Embedding of the answers, for the warm start."})
     sft_epochs: float = field(default=5.0, metadata={"help": "Epochs of the supervised stage."})
     sft_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the supervised stage."})
     sft_num_beams: int = field(default=5, metadata={"help": "Best beams that the supervised stage imitates."})
     model_preset: str = field(default="v3", metadata={"help": f"One of {', '.join(PRESETS)}."})
+    encoder: str | None = field(default=None, metadata={"help": "Encoder, if not the preset's; 'none': prior alone."})
     hidden_dim: int = field(default=64, metadata={"help": "Width of the network."})
     num_set_layers: int = field(default=1, metadata={"help": "Self-attention layers among the candidates."})
     similarity_prior: bool = field(default=True, metadata={"help": "Whether to start exactly at similarity."})
@@ -122,6 +134,8 @@ class TaskData:
             Makes batches of them.
         num_shots (`int`):
             Length of the sequences.
+        entities (`dict[int, str]`):
+            What each row is about.
         notes (`list[str]`):
             What a reader of the report must know, e.g. that scores were estimated.
     """
@@ -132,7 +146,21 @@ class TaskData:
     heldout: Dataset
     collator: DataCollatorForBeams
     num_shots: int
+    entities: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+def parse(arguments: Sequence[str], config: type[TrainingConfig]) -> tuple[RecipeArguments, TrainingConfig]:
+    """
+    A recipe's arguments: those of `--config FILE` (YAML), and on top of them those of the command line.
+
+    Raises:
+        ValueError: for a key that no argument has.
+    """
+    # the parser knows `--config FILE` but not `--config=FILE`
+    parts = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    recipe, args = TrlParser((RecipeArguments, config)).parse_args_and_config(parts, fail_with_unknown_args=True)
+    return recipe, args
 
 
 def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
@@ -183,7 +211,7 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
     if recipe.max_samples is not None and recipe.max_samples < len(train):
         train = train.shuffle(seed=seed).select(range(recipe.max_samples))
     _check_ids(collator.store, {"train": train, **held_back})
-    return TaskData(name, train, held_back["validation"], held_back["heldout"], collator, shots, notes)
+    return TaskData(name, train, held_back["validation"], held_back["heldout"], collator, shots, entities, notes)
 
 
 def _read_entities(path: str | None) -> dict[int, str]:
@@ -234,7 +262,41 @@ def build_selector(recipe: RecipeArguments, collator: DataCollatorForBeams, **ch
         "dropout": recipe.dropout,
         "prior_dropout": recipe.dropout,
     }
+    if recipe.encoder is not None:
+        options["encoder"] = recipe.encoder
     return PointerSelector(PointerSelectorConfig.from_preset(recipe.model_preset, **{**options, **changes}))
+
+
+def untrained(recipe: RecipeArguments, data: TaskData, seed: int, output: Path | None = None) -> PointerSelector:
+    """
+    The selector that the supervised stage starts from: as built or, with `warm_start_steps`, fitted to the agreement
+    of answers and saved to `output/warm_start`, where that is better on the validation queries.
+    """
+    selector = build_selector(recipe, data.collator)
+    if not recipe.warm_start_steps:
+        return selector
+    # rows that are judged on stay out: only candidates of the training pools, and training queries
+    ids = np.array(sorted({i for row in data.train for i in (row["query_id"], *row["candidate_ids"])}))
+    store, collator = data.collator.store, data.collator
+    numbers = {entity: number for number, entity in enumerate(sorted(set(data.entities.values())))}
+    entities = [numbers.get(data.entities.get(i, ""), len(numbers) + i) for i in ids.tolist()]
+    warm = copy.deepcopy(selector)
+    fit_answer_agreement(
+        warm,
+        *(torch.from_numpy(store.gather(ids, names)) for names in (collator.query_features, collator.candidate_features)),
+        torch.from_numpy(store.gather(ids, [recipe.answer_feature])),
+        torch.tensor(entities),
+        steps=recipe.warm_start_steps,
+        seed=seed,
+    )
+    if output is not None:
+        save_selector(warm, output / "warm_start")
+    before, after = (
+        evaluate_selectors({"start": start}, data.validation, collator, data.num_shots)[-2].rewards.mean()
+        for start in (selector, warm)
+    )
+    logger.info("validation reward of the start: %.4f by similarity, %.4f by the warm start", before, after)
+    return warm if after > before else selector
 
 
 def similarity_baseline(collator: DataCollatorForBeams) -> PointerSelector | None:
@@ -252,28 +314,29 @@ def similarity_baseline(collator: DataCollatorForBeams) -> PointerSelector | Non
     )
 
 
-def train_sft(
-    recipe: RecipeArguments, args: GroupBeamGRPOConfig, data: TaskData, selector: PointerSelector, folder: Path
-) -> SelectorSFTTrainer:
-    """Runs the supervised stage; its checkpoints go to `folder`."""
-    shared = {f.name for f in fields(SelectorSFTConfig) if f.init}
-    # what the user set for the run holds for this stage too, but for its length and learning rate
-    options = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in shared}
+def sft_config(recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> SelectorSFTConfig:
+    """Arguments of the supervised stage: those of the run, but for its length, learning rate and number of beams."""
+    known = {f.name for f in fields(SelectorSFTConfig) if f.init}
+    options = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
     options.update(
-        output_dir=str(folder),
         num_train_epochs=recipe.sft_epochs,
         learning_rate=recipe.sft_learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=args.warmup_ratio,
         num_beams=recipe.sft_num_beams,
-        max_steps=2 if recipe.dry_run else -1,
-        metric_for_best_model=None,
+        max_steps=-1,
         push_to_hub=False,
-        resume_from_checkpoint=None,
     )
-    trainer = SelectorSFTTrainer(
-        selector, SelectorSFTConfig(**options), data.collator, data.train, data.validation
-    )
+    return SelectorSFTConfig(**options)
+
+
+def train_sft(
+    args: SelectorSFTConfig, data: TaskData, selector: PointerSelector, folder: Path
+) -> SelectorSFTTrainer:
+    """Runs the supervised stage; its checkpoints go to `folder`."""
+    options = copy.copy(args)
+    options.output_dir = str(folder)
+    trainer = SelectorSFTTrainer(selector, options, data.collator, data.train, data.validation)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume_from_checkpoint else None)
     return trainer
 
@@ -298,9 +361,9 @@ def save_selector(selector: Any, folder: Path) -> None:
     os.replace(partial, folder)
 
 
-def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> dict[str, Any] | None:
+def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig) -> dict[str, Any] | None:
     """
-    SFT (unless `sft_ckpt` is given), RCE, GRPO, report.
+    SFT (unless `sft_ckpt` is given), RCE, GRPO, report; with a [`SelectorSFTConfig`], SFT and its report alone.
 
     The output folder holds the selectors `sft/`, `rce/` and `grpo/`, the trainers' checkpoints in `checkpoints/`, and
     `report.json`, `report.md`, `results.json` and the figures.
@@ -308,8 +371,8 @@ def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> dict[str, Any] | 
     Args:
         recipe ([`RecipeArguments`]):
             Data, model and supervised stage.
-        args ([`GroupBeamGRPOConfig`]):
-            Post-training.
+        args ([`GroupBeamGRPOConfig`] or [`SelectorSFTConfig`]):
+            Post-training, or the supervised stage.
 
     Returns:
         `dict`: the report, on the main process; `None` on the others and after a dry run.
@@ -324,7 +387,11 @@ def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> dict[str, Any] | 
         if state.is_main_process:
             _prepare_output(output, recipe, args)
         data = load_task(recipe, args.seed)
-    selectors, history = train(recipe, args, data, output)
+    if isinstance(args, SelectorSFTConfig):
+        history = start_with_sft(recipe, args, data, output)
+        selectors = {"sft": str(output / "sft")}
+    else:
+        selectors, history = train(recipe, args, data, output)
     if not state.is_main_process:
         return None
     return report(recipe, args, data, selectors, history, output)
@@ -334,34 +401,39 @@ def train(
     recipe: RecipeArguments, args: GroupBeamGRPOConfig, data: TaskData, output: Path
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Runs the stages that have not been run yet; gives the folder of each selector, and the joined log."""
-    state, history = PartialState(), []
     checkpoints = output / "checkpoints"
-    sft = Path(recipe.sft_ckpt) if recipe.sft_ckpt else output / "sft"
-    if recipe.sft_ckpt is None and not sft.exists():
-        set_seed(args.seed)
-        trainer = train_sft(recipe, args, data, build_selector(recipe, data.collator), checkpoints / "sft")
-        if state.is_main_process:
-            trainer.state.save_to_json(str(checkpoints / "sft" / "trainer_state.json"))
-            save_selector(trainer.accelerator.unwrap_model(trainer.model), sft)
-        state.wait_for_everyone()
-    history += _log_history(checkpoints / "sft" / "trainer_state.json")
-
-    selectors = {"sft": str(recipe.sft_ckpt or sft)}
+    selectors, history = {"sft": recipe.sft_ckpt or str(output / "sft")}, []
+    if recipe.sft_ckpt is None:
+        history += start_with_sft(recipe, sft_config(recipe, args), data, output)
     last = "grpo" if args.grpo_epochs > 0 else "rce"
     if not (output / last).exists():
         trainer = post_train(args, data, selectors["sft"], checkpoints / "grpo")
-        if state.is_main_process:
+        if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(checkpoints / "grpo" / "trainer_state.json"))
-            warm = checkpoints / "grpo" / "rce"
             if last == "grpo" and args.rce_epochs > 0:
-                save_selector(PointerSelector.from_pretrained(warm), output / "rce")
+                save_selector(PointerSelector.from_pretrained(checkpoints / "grpo" / "rce"), output / "rce")
             save_selector(trainer.accelerator.unwrap_model(trainer.model), output / last)
         if args.push_to_hub:
             trainer.push_to_hub()
-        state.wait_for_everyone()
+        trainer.accelerator.wait_for_everyone()
     history += _log_history(checkpoints / "grpo" / "trainer_state.json")
-    selectors.update({name: str(output / name) for name in ("rce", "grpo") if (output / name).exists()})
+    selectors.update({name: str(output / name) for name in ("warm_start", "rce", "grpo") if (output / name).exists()})
     return selectors, history
+
+
+def start_with_sft(
+    recipe: RecipeArguments, args: SelectorSFTConfig, data: TaskData, output: Path
+) -> list[dict[str, Any]]:
+    """Trains the supervised selector into `output/sft`, unless it is there; gives its log."""
+    folder = output / "checkpoints" / "sft"
+    if not (output / "sft").exists():
+        set_seed(args.seed)
+        trainer = train_sft(args, data, untrained(recipe, data, args.seed, output), folder)
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(folder / "trainer_state.json"))
+            save_selector(trainer.accelerator.unwrap_model(trainer.model), output / "sft")
+        trainer.accelerator.wait_for_everyone()
+    return _log_history(folder / "trainer_state.json")
 
 
 def judge(data: TaskData, selectors: dict[str, str]) -> list[MethodResult]:
@@ -375,7 +447,7 @@ def judge(data: TaskData, selectors: dict[str, str]) -> list[MethodResult]:
 
 def report(
     recipe: RecipeArguments,
-    args: GroupBeamGRPOConfig,
+    args: SelectorTrainingArguments,
     data: TaskData,
     selectors: dict[str, str],
     history: Sequence[dict[str, Any]],
@@ -383,7 +455,6 @@ def report(
 ) -> dict[str, Any]:
     """Judges the selectors on the held-out queries; writes and prints the report."""
     results = judge(data, selectors)
-    best = [entry for entry in history if "eval_greedy_reward" in entry]
     summary = build_report(
         results,
         log_history=history,
@@ -391,8 +462,8 @@ def report(
         sections={"Notes": "\n".join(data.notes)} if data.notes else None,
         title=f"{data.name}: what post-training gained",
         reward_name="score",
-        kl_band=(args.kl_low, args.kl_high),
-        best_step=None if not best else _best_step(output),
+        kl_band=(args.kl_low, args.kl_high) if isinstance(args, GroupBeamGRPOConfig) else None,
+        best_step=_best_step(output),
     )
     save_results(results, output / "results.json")
     write_report(summary, output)
@@ -401,28 +472,24 @@ def report(
 
 
 def _best_step(output: Path) -> int | None:
-    from transformers import TrainerState
-
     path = output / "checkpoints" / "grpo" / "trainer_state.json"
     return TrainerState.load_from_json(str(path)).best_global_step if path.exists() else None
 
 
 def _log_history(path: Path) -> list[dict[str, Any]]:
-    from transformers import TrainerState
-
     return TrainerState.load_from_json(str(path)).log_history if path.exists() else []
 
 
-def _settings(recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> dict[str, Any]:
-    own = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("dry_run", "overwrite", "task")}
-    names = ("rce_epochs", "grpo_epochs", "curriculum_epochs", "learning_rate", "rce_learning_rate", "loss_type")
-    names += ("importance_sampling_level", "scale_rewards", "old_policy_refresh", "beta", "kl_estimator")
-    names += ("weight_decay", "per_device_train_batch_size")
-    settings = {**own, **{name: getattr(args, name) for name in names}}
-    return {name: value for name, value in settings.items() if value is not None}
+def _settings(recipe: RecipeArguments, args: SelectorTrainingArguments) -> dict[str, Any]:
+    """What a reader wants to know of the run: the recipe, and the trainer's arguments that are this package's own."""
+    own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)}
+    shared = ("learning_rate", "weight_decay", "per_device_train_batch_size", "num_train_epochs")
+    values = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("task", "dry_run", "overwrite")}
+    values.update({name: getattr(args, name) for name in (*shared, *sorted(own))})
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _prepare_output(output: Path, recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> None:
+def _prepare_output(output: Path, recipe: RecipeArguments, args: SelectorTrainingArguments) -> None:
     """Refuses to mix two runs in one folder."""
     earlier = [output / name for name in ("checkpoints", "sft", "rce", "grpo") if (output / name).exists()]
     if not earlier or args.resume_from_checkpoint:
@@ -436,7 +503,7 @@ def _prepare_output(output: Path, recipe: RecipeArguments, args: GroupBeamGRPOCo
         shutil.rmtree(path)
 
 
-def _dry_run(recipe: RecipeArguments, args: GroupBeamGRPOConfig, folder: Path) -> None:
+def _dry_run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig, folder: Path) -> None:
     """Two steps of every stage that the run has, in a folder that is deleted."""
     data = load_task(recipe, args.seed)
     quiet = copy.copy(args)
@@ -445,17 +512,20 @@ def _dry_run(recipe: RecipeArguments, args: GroupBeamGRPOConfig, folder: Path) -
     quiet.resume_from_checkpoint = None
     selector: str | PointerSelector | None = recipe.sft_ckpt
     if selector is None:
-        selector = train_sft(recipe, quiet, data, build_selector(recipe, data.collator), folder / "sft").model
-    trainer = post_train(_two_steps_a_stage(quiet), data, selector, folder / "grpo")
-    trainer.evaluate()
-    plan = trainer.stage_plan
+        supervised = quiet if isinstance(quiet, SelectorSFTConfig) else sft_config(recipe, quiet)
+        supervised.max_steps = 2
+        short = replace(recipe, warm_start_steps=min(2, recipe.warm_start_steps))
+        selector = train_sft(supervised, data, untrained(short, data, args.seed), folder / "sft").model
+    stages = "SFT"
+    if isinstance(quiet, GroupBeamGRPOConfig):
+        trainer = post_train(_two_steps_a_stage(quiet), data, selector, folder / "grpo")
+        trainer.evaluate()
+        stages = f"RCE, early and late GRPO: {trainer.stage_plan.steps}"
+    sizes = [len(part) for part in (data.train, data.validation, data.heldout)]
     logger.warning(
-        "dry run: %d training, %d validation and %d held-out queries; steps of RCE, early and late GRPO: %s. Nothing "
-        "was written.",
-        len(data.train),
-        len(data.validation),
-        len(data.heldout),
-        plan.steps,
+        "dry run: all is well with %d training, %d validation and %d held-out queries; steps of %s. Nothing was written.",
+        *sizes,
+        stages,
     )
 
 

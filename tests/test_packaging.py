@@ -126,12 +126,12 @@ def test_entry_point_and_licence(wheel):
 
 def requirements(metadata: str, extra: str = "") -> dict[str, Requirement]:
     """Requirements without an extra, or with the named one, by canonical name."""
-    found = [
-        Requirement(line.partition(": ")[2]) for line in metadata.splitlines() if line.startswith("Requires-Dist")
-    ]
-    wanted = [
-        r for r in found if (r.marker is None and not extra) or (r.marker and r.marker.evaluate({"extra": extra}))
-    ]
+    lines = (line for line in metadata.splitlines() if line.startswith("Requires-Dist: "))
+    found = [Requirement(line.removeprefix("Requires-Dist: ")) for line in lines]
+    if extra:
+        wanted = [r for r in found if r.marker is not None and r.marker.evaluate({"extra": extra})]
+    else:
+        wanted = [r for r in found if r.marker is None]
     return {canonicalize_name(r.name): r for r in wanted}
 
 

@@ -54,9 +54,11 @@ def complete_scores(dataset: Dataset, fit_on: Dataset | None = None, shots: int 
     ```
     """
     rows = list(dataset)
-    others = [] if fit_on is None else list(fit_on)
+    asked = {row["query_id"] for row in rows}
+    # a query in both would be fitted twice, and R² would be measured on queries that the fit has seen
+    others = [] if fit_on is None else [row for row in fit_on if row["query_id"] not in asked]
     singles = [_singles(row) for row in rows + others]
-    offset, scale = _standard([x for x in singles])
+    offset, scale = _standard(singles)
     logged = [{tuple(s): v for s, v in zip(r["sequences"], r["scores"], strict=True)} for r in rows + others]
 
     design, target, owner = [], [], []
@@ -67,10 +69,12 @@ def complete_scores(dataset: Dataset, fit_on: Dataset | None = None, shots: int 
         owner.append(np.full(len(sequences), i))
     x, y, query = np.concatenate(design), np.concatenate(target), np.concatenate(owner)
     if not len(y):
-        raise BeamDataError(f"no sequence of {shots} shots was scored: nothing to estimate from; choose another length")
+        raise BeamDataError(
+            f"no sequence of {shots} shots was scored: nothing to estimate from; choose another length"
+        )
     half = query % 2 == 0
     if half.any() and (~half).any():
-        residual = np.concatenate([y[half] - x[half] @ _ridge(x[~half], y[~half]), y[~half] - x[~half] @ _ridge(x[half], y[half])])
+        residual = np.where(half, y - x @ _ridge(x[~half], y[~half]), y - x @ _ridge(x[half], y[half]))
         r2 = 1 - residual.var() / y.var() if y.var() else math.nan
         logger.info("completed %d queries; R² of the estimates on unseen queries: %.2f", len(rows), r2)
     weights = _ridge(x, y)
@@ -83,24 +87,24 @@ def complete_scores(dataset: Dataset, fit_on: Dataset | None = None, shots: int 
                 f"query {row['query_id']}: a pool of {pool} has {math.perm(pool, shots)} sequences of {shots} shots, "
                 f"more than {MAX_SEQUENCES}; validate on fully scored queries or on the expected reward instead"
             )
-        sequences = list(permutations(range(pool), shots))
-        guesses = _features((single - offset) / scale, np.array(sequences)) @ weights * scale + offset
+        every = list(permutations(range(pool), shots))
+        guesses = _features((single - offset) / scale, np.array(every)) @ weights * scale + offset
         reordered: dict[tuple[int, ...], list[float]] = {}
-        for sequence, score in known.items():
-            reordered.setdefault(tuple(sorted(sequence)), []).append(score)
+        for s, score in known.items():
+            reordered.setdefault(tuple(sorted(s)), []).append(score)
         scores = []
-        for sequence, guess in zip(sequences, guesses.tolist(), strict=True):
+        for sequence, guess in zip(every, guesses.tolist(), strict=True):
             same = reordered.get(tuple(sorted(sequence)))
             scores.append(known[sequence] if sequence in known else sum(same) / len(same) if same else guess)
         completed.append(
             {
                 "query_id": row["query_id"],
                 "candidate_ids": row["candidate_ids"],
-                "sequences": [list(s) for s in sequences],
+                "sequences": [list(s) for s in every],
                 "scores": scores,
-                "survived": [False] * len(sequences),
+                "survived": [False] * len(every),
                 "zero_shot": row["zero_shot"],
-                "estimated": [s not in known for s in sequences],
+                "estimated": [s not in known for s in every],
             }
         )
     features = group_features()
@@ -121,10 +125,13 @@ def fully_scored(dataset: Dataset) -> bool:
 
     ```
     """
-    return all(
-        len(row["sequences"]) == math.perm(len(row["candidate_ids"]), max(map(len, row["sequences"]), default=0))
-        for row in dataset.select_columns(["candidate_ids", "sequences"])
-    )
+
+    def complete(row: dict) -> bool:
+        different = set(map(tuple, row["sequences"]))
+        lengths = set(map(len, different))
+        return len(lengths) == 1 and len(different) == math.perm(len(row["candidate_ids"]), *lengths)
+
+    return all(complete(row) for row in dataset.select_columns(["candidate_ids", "sequences"]))
 
 
 def _singles(row: dict) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 
-ENCODERS = ("bi_encoder", "cross_attention")
+ENCODERS = ("none", "bi_encoder", "cross_attention")
 STATE_UPDATES = ("additive", "gated")
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -33,7 +33,7 @@ class PointerSelectorConfig(PreTrainedConfig):
             The same for `candidate_embeds`.
         encoder (`str`, *optional*, defaults to `"cross_attention"`):
             `"bi_encoder"`: query and candidates are projected apart; `"cross_attention"`: the query also attends to
-            its pool.
+            its pool; `"none"`: no network at all, the prior alone decides.
         state_update (`str`, *optional*, defaults to `"gated"`):
             How the decoder's state takes in what was picked: `"additive"` (the query plus a learned projection of the
             pick) or `"gated"` (a learned gate between the old state and a proposal).
@@ -157,6 +157,8 @@ class PointerSelectorConfig(PreTrainedConfig):
                 if ":" in name or "." in name:
                     raise ValueError(f"{side} has the name {name!r}: names hold neither ':' nor '.'; rename it.")
         if not self.similarity_prior:
+            if self.encoder == "none":
+                raise ValueError("encoder='none' leaves the prior alone to decide; set similarity_prior=True.")
             return
         if not self.prior_pairs:
             raise ValueError(

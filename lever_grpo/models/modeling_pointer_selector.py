@@ -101,6 +101,13 @@ class PointerSelector(PreTrainedModel):
 
     def __init__(self, config: PointerSelectorConfig):
         super().__init__(config)
+        self.prior = SimilarityPrior(config) if config.similarity_prior else None
+        self.pointer = None
+        if config.encoder != "none":
+            self._build_network(config)
+        self.post_init()
+
+    def _build_network(self, config: PointerSelectorConfig) -> None:
         width = config.hidden_dim
         self.query_proj = nn.Linear(sum(config.query_features.values()), width)
         self.query_norm = nn.LayerNorm(width)
@@ -114,8 +121,6 @@ class PointerSelector(PreTrainedModel):
         self.state_update = StateUpdate(config)
         self.pointer = nn.Linear(width, width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.prior = SimilarityPrior(config) if config.similarity_prior else None
-        self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -152,23 +157,26 @@ class PointerSelector(PreTrainedModel):
             candidate_indices = torch.arange(candidate_embeds.shape[0], device=candidate_embeds.device)
             candidate_indices = candidate_indices.expand(batch, -1)
 
-        dtype = self.query_proj.weight.dtype
-        query_embeds, candidate_embeds = query_embeds.to(dtype), candidate_embeds.to(dtype)
+        query_embeds, candidate_embeds = query_embeds.to(self.dtype), candidate_embeds.to(self.dtype)
         if candidate_embeds.dim() == 3 and candidate_mask is not None:
             # a masked value that overflows would still reach the weights' gradient, as 0 · inf
             candidate_embeds = candidate_embeds.masked_fill(~candidate_mask.bool().unsqueeze(-1), 0.0)
-        candidates = self.candidate_norm(self.candidate_proj(candidate_embeds))  # (U, H) or (B, K, H)
-        if candidate_indices is not None:
-            candidates = candidates[candidate_indices]  # (B, K, H)
         if candidate_mask is None:
-            candidate_mask = candidates.new_ones(candidates.shape[:2], dtype=torch.bool)
+            pool = candidate_embeds.shape[1] if candidate_indices is None else candidate_indices.shape[1]
+            candidate_mask = query_embeds.new_ones(batch, pool)
         candidate_mask = candidate_mask.bool()
         # a query without candidates (padding of a batch) attends to anything: its steps are masked by the caller
         attendable = candidate_mask | ~candidate_mask.any(-1, keepdim=True)
 
         prior = None
         if self.prior is not None:
-            prior = self.prior.encode(query_embeds, candidate_embeds, candidate_indices)
+            prior = self.prior.encode(query_embeds, candidate_embeds, attendable, candidate_indices)
+        if self.pointer is None:
+            nothing = query_embeds.new_zeros(*candidate_mask.shape, 0)
+            return PoolEncoding(nothing[:, :1], nothing, candidate_mask.unsqueeze(1), prior)
+        candidates = self.candidate_norm(self.candidate_proj(candidate_embeds))  # (U, H) or (B, K, H)
+        if candidate_indices is not None:
+            candidates = candidates[candidate_indices]  # (B, K, H)
         state = self.query_norm(self.query_proj(query_embeds)).unsqueeze(1)  # (B, 1, H)
         if self.set_layers:
             candidates = candidates + state
@@ -195,9 +203,10 @@ class PointerSelector(PreTrainedModel):
         picks: torch.Tensor,  # (B, G, t) what was picked so far
         temperature: float,
     ) -> torch.Tensor:
-        logits = self.pointer(state) @ encoding.candidates.transpose(1, 2) / math.sqrt(self.config.hidden_dim)
-        if self.prior is not None:
-            logits = logits + self.prior(encoding.prior, picks)
+        logits = 0.0 if self.prior is None else self.prior(encoding.prior, picks)
+        if self.pointer is not None:
+            scores = self.pointer(state) @ encoding.candidates.transpose(1, 2)
+            logits = logits + scores / math.sqrt(self.config.hidden_dim)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         # where nothing is left (padded steps) the distribution is that of the whole pool: finite, and masked later
         available = available | ~available.any(-1, keepdim=True)
@@ -207,9 +216,10 @@ class PointerSelector(PreTrainedModel):
         self, encoding: PoolEncoding, state: torch.Tensor, available: torch.Tensor, pick: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """State and availability after `pick` (B, G)."""
-        width = encoding.candidates.shape[-1]
-        picked = encoding.candidates.gather(1, pick.unsqueeze(-1).expand(-1, -1, width))  # (B, G, H)
-        state = self.state_update(state, picked)
+        if self.pointer is not None:
+            width = encoding.candidates.shape[-1]
+            picked = encoding.candidates.gather(1, pick.unsqueeze(-1).expand(-1, -1, width))  # (B, G, H)
+            state = self.state_update(state, picked)
         available = available.expand(*pick.shape, -1).scatter(-1, pick.unsqueeze(-1), False)
         return state, available
 

@@ -11,6 +11,9 @@ from transformers import initialization as init
 from .configuration_pointer_selector import PointerSelectorConfig
 
 
+GAIN = 16.0  # a power of two: multiplying and dividing by it is exact
+
+
 @dataclass
 class PriorEncoding:
     """What the prior computes once per query."""
@@ -43,12 +46,18 @@ class UnitVectors(nn.Module):
 
 class SimilarityPrior(nn.Module):
     r"""
-    Logits \\( s_t \sum_p m_{t,p} \cos(\tilde q_p, \tilde c_p)
-    + s_t \sum_{j<t} \sum_f w_f \cos(\tilde a_{j,f}, \tilde c_f) \\).
+    Logits \\( s_t \left( \sum_p m_{t,p} \cos(\tilde q_p, \tilde c_p) + \sum_f v_f \sum_j \alpha_j \cos(\tilde c_{j,f},
+    \tilde c_f) + \sum_{j<t} \sum_f w_f \cos(\tilde a_{j,f}, \tilde c_f) \right) \\).
 
-    Pairs p of features are mixed by learned weights m (at the start those of `config.prior_pairs`), apart for the
-    first and the later picks; \\( \tilde x \\) is a learned low-rank change of the metric; w, zero at the start, says
-    how much the likeness to what was picked draws or repels. Untrained, this is the similarity baseline.
+    - Pairs p of features are mixed by learned weights m (at the start those of `config.prior_pairs`), apart for the
+      first and the later picks; \\( \tilde x \\) is a learned low-rank change of the metric.
+    - v lets the pool vote: a candidate gains by its likeness to the candidates j near the query,
+      \\( \alpha = \operatorname{softmax}(\eta\, \text{first logits}) \\); with answers among the features this is the
+      answer that the neighbours agree on.
+    - w says how much the likeness to what was picked draws or repels.
+
+    v and w are zero at the start: untrained, this is the similarity baseline. The few weights m, v and w are kept
+    divided by 16, so that they move in step with the matrices under one learning rate.
     """
 
     def __init__(self, config: PointerSelectorConfig):
@@ -65,6 +74,8 @@ class SimilarityPrior(nn.Module):
         self.candidate_metric = nn.ModuleDict({name: metric(self.candidate_widths[name]) for _, name in self.pairs})
         self.mix = nn.Parameter(torch.empty(2, len(self.pairs)))  # first pick, later picks
         self.log_scale = nn.Parameter(torch.empty(2))
+        self.agreement = nn.Parameter(torch.empty(len(self.candidate_metric)))
+        self.log_sharpness = nn.Parameter(torch.empty(()))
         self.redundancy = nn.Parameter(torch.empty(len(self.candidate_metric)))
 
     @torch.no_grad()
@@ -74,33 +85,57 @@ class SimilarityPrior(nn.Module):
             if isinstance(metric, LowRankMetric):
                 init.normal_(metric.down.weight, std=metric.down.in_features**-0.5)
                 init.zeros_(metric.up.weight)
-        init.copy_(self.mix, torch.tensor([list(self.config.prior_pairs.values())] * 2))
+        init.copy_(self.mix, torch.tensor([list(self.config.prior_pairs.values())] * 2) / GAIN)
         init.constant_(self.log_scale, math.log(self.config.prior_scale))
+        init.zeros_(self.agreement)
+        init.zeros_(self.log_sharpness)
         init.zeros_(self.redundancy)
+
+    def _features(
+        self, query_embeds: torch.Tensor, candidate_embeds: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Unit vectors of each feature under the learned metric, for both sides."""
+
+        def of_side(embeds: torch.Tensor, widths: dict[str, int], metrics: nn.ModuleDict) -> dict[str, torch.Tensor]:
+            parts = dict(zip(widths, embeds.split(list(widths.values()), dim=-1), strict=True))
+            return {name: metric(parts[name]) for name, metric in metrics.items()}
+
+        return (
+            of_side(query_embeds, self.query_widths, self.query_metric),
+            of_side(candidate_embeds, self.candidate_widths, self.candidate_metric),
+        )
+
+    def pair_logits(self, query_embeds: torch.Tensor, candidate_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Logits of every candidate (M, D_c) for every query (N, D_q) by their cosines alone, without what depends on a
+        pool: (2, N, M), the first pick and the later ones.
+        """
+        query, candidates = self._features(query_embeds, candidate_embeds)
+        cosines = torch.stack([query[q] @ candidates[c].T for q, c in self.pairs], dim=-1)  # (N, M, P)
+        return (GAIN * cosines @ self.mix.T * self.log_scale.exp()).permute(2, 0, 1)
 
     def encode(
         self,
         query_embeds: torch.Tensor,  # (B, D_q)
         candidate_embeds: torch.Tensor,  # (B, K, D_c) or (U, D_c)
+        candidate_mask: torch.Tensor,  # (B, K), at least one candidate each
         candidate_indices: torch.Tensor | None,  # (B, K)
     ) -> PriorEncoding:
-        def features(embeds: torch.Tensor, widths: dict[str, int], metrics: nn.ModuleDict) -> dict[str, torch.Tensor]:
-            parts = dict(zip(widths, embeds.split(list(widths.values()), dim=-1), strict=True))
-            return {name: metric(parts[name]) for name, metric in metrics.items()}
-
         # in full precision whatever autocast says: with 8 bits, logits of 20 · cosine tie and rank falsely
         with torch.autocast(query_embeds.device.type, enabled=False):
-            query = features(query_embeds, self.query_widths, self.query_metric)
-            candidates = features(candidate_embeds, self.candidate_widths, self.candidate_metric)
+            query, candidates = self._features(query_embeds, candidate_embeds)
             if candidate_indices is not None:
                 candidates = {name: x[candidate_indices] for name, x in candidates.items()}  # (B, K, D)
             cosines = torch.stack(
                 [(candidates[c] @ query[q].unsqueeze(-1)).squeeze(-1) for q, c in self.pairs], dim=-1
             )  # (B, K, P)
             scale = self.log_scale.exp()
-            first, later = (cosines @ self.mix.T * scale).unbind(-1)  # (B, K) each
+            logits = (GAIN * cosines @ self.mix.T * scale).transpose(1, 2)  # (B, 2, K): first pick, later picks
             likeness = torch.stack([x @ x.transpose(1, 2) for x in candidates.values()], dim=-1)  # (B, K, K, F)
-            return PriorEncoding(cosines, first, later, scale[1] * (likeness @ self.redundancy))
+            near = (self.log_sharpness.exp() * logits[:, :1]).masked_fill(~candidate_mask.unsqueeze(1), -math.inf)
+            votes = near.softmax(-1) @ (likeness @ (GAIN * self.agreement))  # (B, 1, K)
+            first, later = (logits + scale.unsqueeze(-1) * votes).unbind(1)  # (B, K) each
+            return PriorEncoding(cosines, first, later, scale[1] * (likeness @ (GAIN * self.redundancy)))
 
     def forward(self, encoding: PriorEncoding, picks: torch.Tensor) -> torch.Tensor:
         """Logits (B, G, K) after `picks` (B, G, t); (B, 1, K) before the first."""

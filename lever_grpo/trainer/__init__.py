@@ -1,10 +1,13 @@
 """Trainers, their arguments, and the callbacks that drive them."""
 
 from .callbacks import CurriculumCallback, KLBetaCallback, PolicyControl, TemperatureCallback
+from .checkpoints import last_checkpoint
 from .group_beam_grpo_config import GroupBeamGRPOConfig
 from .group_beam_grpo_trainer import GroupBeamGRPOTrainer
-from .selector_trainer import SelectorTrainer, SelectorTrainingArguments
+from .selector_config import SelectorTrainingArguments
+from .selector_trainer import SelectorTrainer
 from .sft_trainer import SelectorSFTConfig, SelectorSFTTrainer
+from .warm_start import fit_answer_agreement
 
 
 __all__ = [
@@ -18,4 +21,6 @@ __all__ = [
     "SelectorTrainer",
     "SelectorTrainingArguments",
     "TemperatureCallback",
+    "fit_answer_agreement",
+    "last_checkpoint",
 ]

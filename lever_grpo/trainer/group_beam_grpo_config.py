@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from ..objectives.policy_losses import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
 from .schedules import StagePlan
-from .selector_trainer import SelectorTrainingArguments
+from .selector_config import SelectorTrainingArguments
 
 
 OLD_POLICY_REFRESH = ("never", "stage", "epoch", "steps")
@@ -20,7 +20,8 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
 
     Args:
         rce_epochs (`float`, *optional*, defaults to `1.0`):
-            Epochs of the RCE warm-up; 0 skips it. `num_train_epochs` is the sum of both stages and cannot be set.
+            Epochs of the RCE warm-up; 0 skips it. `num_train_epochs` is the sum of both stages and cannot be set to
+            anything else.
         grpo_epochs (`float`, *optional*, defaults to `3.0`):
             Epochs of GRPO; 0 ends after RCE.
         curriculum_epochs (`float`, *optional*, defaults to `1.0`):
@@ -36,7 +37,8 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
         learning_rate (`float`, *optional*, defaults to `3e-4`):
             Peak learning rate of both GRPO stages.
         warmup_ratio (`float`, *optional*, defaults to `0.1`):
-            Share of each stage with a linear warm-up; a cosine follows.
+            Share of RCE, and of GRPO, with a linear warm-up; a cosine to 0 follows. Takes the place of `warmup_steps`
+            and `lr_scheduler_type`.
         restore_best (`bool`, *optional*, defaults to `True`):
             Whether GRPO starts from the best checkpoint so far (the start included) rather than from the end of RCE.
 
@@ -44,7 +46,8 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
 
     Args:
         rce_temperature_start, rce_temperature_end (`float`, *optional*, defaults to `2.0` and `0.5`):
-            τ of the weights softmax(R / τ) at the first and the last step of the stage. Lower trusts the best beam more.
+            τ of the weights softmax(R / τ) at the first and the last step of the stage. Lower trusts the best beam
+            more.
         rce_normalize (`bool`, *optional*, defaults to `True`):
             Whether to standardise scores in their group first. Without it scores of 0.03 to 0.05 give equal weights.
 
@@ -86,8 +89,8 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
         beta (`float`, *optional*, defaults to `0.1`):
             Weight of the KL to the start (π_ref). 0 leaves the term out.
         kl_estimator (`str`, *optional*, defaults to `"exact"`):
-            `"exact"`: the KL of each step's whole distribution on the logged prefixes; `"k1"`, `"k2"`, `"k3"`: estimators
-            from the logged picks alone.
+            `"exact"`: the KL of each step's whole distribution on the logged prefixes; `"k1"`, `"k2"`, `"k3"`:
+            estimators from the logged picks alone.
         kl_direction (`str`, *optional*, defaults to `"reverse"`):
             `"reverse"`: KL(π ‖ π_ref); `"forward"`: KL(π_ref ‖ π).
         adaptive_beta (`bool`, *optional*, defaults to `False`):
@@ -98,9 +101,12 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
             Band inside which β and the temperature stay, in nats per step.
         beta_factor (`float`, *optional*, defaults to `1.5`):
             Size of one move of β.
+        beta_smoothing (`float`, *optional*, defaults to `0.5`):
+            Weight of the past in the average of the KL that β follows. 0 with `logging_strategy="epoch"` is the
+            literal rule per epoch.
         precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
             Whether to compute the reference's log-probabilities once, as a column of the data set. Only for the
-            estimators; the exact KL needs whole distributions and computes them per batch.
+            estimators at a fixed policy temperature; the exact KL needs whole distributions, computed per batch.
 
     The other arguments are those of [`SelectorTrainingArguments`].
 
@@ -116,6 +122,9 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
     ```
     """
 
+    num_train_epochs: float = field(
+        default=0.0, metadata={"help": "Leave it out: it is rce_epochs + grpo_epochs, and nothing else is accepted."}
+    )
     rce_epochs: float = field(default=1.0, metadata={"help": "Epochs of the RCE warm-up; 0 skips it."})
     grpo_epochs: float = field(default=3.0, metadata={"help": "Epochs of GRPO; 0 ends after RCE."})
     curriculum_epochs: float = field(default=1.0, metadata={"help": "GRPO epochs on the best beams only."})
@@ -131,7 +140,9 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
     )
     rce_temperature_start: float = field(default=2.0, metadata={"help": "τ at the first step of RCE."})
     rce_temperature_end: float = field(default=0.5, metadata={"help": "τ at the last step of RCE."})
-    rce_normalize: bool = field(default=True, metadata={"help": "Standardise scores in the group before softmax(R/τ)."})
+    rce_normalize: bool = field(
+        default=True, metadata={"help": "Standardise scores in the group before softmax(R/τ)."}
+    )
     loss_type: str = field(default="grpo", metadata={"help": f"One of {', '.join(LOSS_TYPES)}."})
     importance_sampling_level: str = field(
         default="joint", metadata={"help": f"One of {', '.join(IMPORTANCE_SAMPLING_LEVELS)}."}
@@ -156,6 +167,9 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
     kl_low: float = field(default=0.01, metadata={"help": "KL (nats per step) below which β falls."})
     kl_high: float = field(default=0.1, metadata={"help": "KL (nats per step) above which β rises."})
     beta_factor: float = field(default=1.5, metadata={"help": "Size of one move of β."})
+    beta_smoothing: float = field(
+        default=0.5, metadata={"help": "Weight of the past in the KL that β follows, in [0, 1)."}
+    )
     precompute_ref_log_probs: bool = field(
         default=False, metadata={"help": "Compute the reference's log-probabilities once (estimators only)."}
     )
@@ -167,10 +181,15 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
                 "of them above."
             )
         planned = self.rce_epochs + self.grpo_epochs
-        if self.num_train_epochs not in (3.0, planned):  # 3.0 is the base class's default
+        if self.num_train_epochs not in (0.0, planned):
             raise ValueError(
                 f"num_train_epochs={self.num_train_epochs}, but the stages last rce_epochs + grpo_epochs = {planned}; "
                 "set those and leave num_train_epochs out."
+            )
+        if self.warmup_steps or self.lr_scheduler_type not in ("linear", "cosine"):
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps}, lr_scheduler_type={str(self.lr_scheduler_type)!r}: each stage has "
+                "a warm-up of warmup_ratio and a cosine; set warmup_ratio and leave these out."
             )
         self.num_train_epochs = float(planned)
         super().__post_init__()
@@ -180,11 +199,31 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
         self.check_choice("old_policy_refresh", OLD_POLICY_REFRESH)
         self.check_choice("kl_estimator", KL_ESTIMATORS)
         self.check_choice("kl_direction", ("reverse", "forward"))
-        if self.precompute_ref_log_probs and self.kl_estimator == "exact":
+        self._check_numbers()
+        if self.adaptive_beta and not self.beta:
+            raise ValueError("adaptive_beta=True with beta=0: there is no KL term to weigh; set beta above 0.")
+        if self.precompute_ref_log_probs and (self.kl_estimator == "exact" or self.adaptive_temperature):
             raise ValueError(
-                "precompute_ref_log_probs=True stores the logged picks' log-probabilities, but kl_estimator='exact' "
-                "needs whole distributions; choose k1, k2 or k3, or leave it False."
+                "precompute_ref_log_probs=True stores log-probabilities of the logged picks at temperature 1; that "
+                "does not serve kl_estimator='exact' (whole distributions) or adaptive_temperature=True: choose k1, "
+                "k2 or k3 and a fixed temperature, or leave it False."
             )
+
+    def _check_numbers(self) -> None:
+        for name in ("curriculum_epochs", "beta", "baseline_shift", "entropy_coef", "kl_low", "rce_learning_rate"):
+            self.check_range(name, low=0.0)
+        positive = ["learning_rate", "rce_temperature_start", "rce_temperature_end", "loss_temperature"]
+        positive += ["advantage_clip", "epsilon", "epsilon_high", "sapo_temperature_pos", "sapo_temperature_neg"]
+        for name in positive:
+            self.check_range(name, low=0.0, above=True)
+        for name in ("curriculum_top_k", "old_policy_refresh_steps"):
+            self.check_range(name, low=1)
+        self.check_range("warmup_ratio", low=0.0, high=1.0)
+        self.check_range("beta_factor", low=1.0)
+        self.check_range("beta_smoothing", low=0.0, high=1.0)
+        self.check_range("kl_high", low=self.kl_low)
+        highest = 1.0 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+        self.check_range("delta", low=highest, above=True)
 
     def stage_plan(self, max_steps: int) -> StagePlan:
         """The stages of a run of `max_steps` steps."""

@@ -1,10 +1,10 @@
 """Post-training of a selector on logged groups: reward-weighted cross-entropy, then offline GRPO."""
 
 import copy
-import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +27,12 @@ from ..objectives import (
 )
 from .callbacks import CurriculumCallback, KLBetaCallback, PolicyControl, TemperatureCallback
 from .group_beam_grpo_config import GroupBeamGRPOConfig
+from .reference import REFERENCE_COLUMN, CollatorWithReference, add_reference_log_probs
 from .schedules import STAGES, StagePlan, warmup_cosine
 from .selector_trainer import SelectorTrainer
 
 
 FROZEN_POLICIES_NAME = "frozen_policies.safetensors"
-POLICY_CONTROL_NAME = "policy_control.json"
 
 
 class GroupBeamGRPOTrainer(SelectorTrainer):
@@ -40,7 +40,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
     Post-trains a selector on a beam log, in one run of three stages:
 
     1. **RCE**: \\( L = -\sum_i w_i \log \pi(y_i \mid q) \\), \\( w = \operatorname{softmax}(R / \tau) \\), τ falling;
-    2. **GRPO, early**: \\( L = L_{\text{policy}} + \beta\, \mathrm{KL}(\pi \,\|\, \pi_{\text{ref}}) \\) on the best beams;
+    2. **GRPO, early**: \\( L = L_{\text{policy}} + \beta\, \mathrm{KL}(\pi \| \pi_{\text{ref}}) \\) on the best beams;
     3. **GRPO, late**: the same on whole groups.
 
     It departs from GRPO as published ([2402.03300](https://huggingface.co/papers/2402.03300)) as follows: groups are
@@ -91,7 +91,11 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
     args: GroupBeamGRPOConfig
 
     def __init__(self, model, args, data_collator, train_dataset=None, eval_dataset=None, peft_config=None, **kwargs):
-        self.policy_control = PolicyControl(beta=args.beta)
+        self.policy_control = PolicyControl(
+            stage="rce" if args.rce_epochs > 0 else "grpo_early" if args.curriculum_epochs > 0 else "grpo_late",
+            temperature=args.rce_temperature_start,
+            beta=args.beta,
+        )
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, peft_config, **kwargs)
         self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(self.args.device)
         self.old_policy = copy.deepcopy(self.reference)
@@ -116,18 +120,28 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             )
         )
         if args.adaptive_beta:
-            self.add_callback(KLBetaCallback(self.policy_control, factor=args.beta_factor, **band))
+            self.add_callback(
+                KLBetaCallback(self.policy_control, factor=args.beta_factor, smoothing=args.beta_smoothing, **band)
+            )
         if args.loss_type == "dr_grpo" and train_dataset is not None:
             self._max_length = max(len(sequence) for row in train_dataset for sequence in row["sequences"])
+        self._has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
         if args.precompute_ref_log_probs and train_dataset is not None:
-            self._precompute_ref_log_probs()
+            self.train_dataset = add_reference_log_probs(
+                train_dataset, self._reference_log_probs, self.data_collator, args.per_device_eval_batch_size
+            )
+            self.data_collator = CollatorWithReference(self.data_collator)
 
     # ---- the objective ----
 
     def live_groups(self, rewards: Tensor, inputs: dict[str, Any]) -> Tensor:
         if self.policy_control.stage == "rce":
             return super().live_groups(rewards, inputs)
-        return ~tied_groups(rewards, inputs["sequence_mask"].any(-1))
+        return ~tied_groups(rewards, self._compared_beams(rewards, inputs["sequence_mask"].any(-1)))
+
+    def _compared_beams(self, rewards: Tensor, mask: Tensor) -> Tensor:
+        """The beams (B, G) that advantages and weights are taken over: the whole group, unless it is cut first."""
+        return curriculum_mask(rewards, mask, self.policy_control.top_k) if self.args.curriculum_first else mask
 
     def group_losses(self, model, inputs, rewards):
         if self.policy_control.stage == "rce":
@@ -149,23 +163,24 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
         sequence_mask = inputs["sequence_mask"]  # (B, G, S)
         mask = sequence_mask.any(-1)  # (B, G)
         live = self.live_groups(rewards, inputs)  # (B,)
-        chosen = curriculum_mask(rewards, mask, control.top_k)  # (B, G)
-        beam_mask = chosen & live.unsqueeze(-1)
+        compared = self._compared_beams(rewards, mask)  # (B, G)
+        beam_mask = curriculum_mask(rewards, mask, control.top_k) & live.unsqueeze(-1)  # (B, G)
 
         temperature = control.policy_temperature
-        exact = args.beta > 0 and args.kl_estimator == "exact"
+        with self._same_dropout(model):  # (B, G, S)
+            old_log_probs = self._old_log_probs(inputs, temperature)
         output = self.policy(model, inputs, temperature=temperature, return_step_log_probs=True)
         advantages = group_advantages(
             rewards,
-            chosen if args.curriculum_first else mask,
+            compared,
             scale_rewards=args.scale_rewards,
             clip=args.advantage_clip,
             baseline_shift=args.baseline_shift,
-            batch_std=self._batch_std if model.training else None,
+            batch_std=self._batch_std,
         )  # (B, G)
         losses, stats = group_policy_loss(
             output.log_probs,
-            self._old_log_probs(inputs, temperature),
+            old_log_probs,
             advantages,
             sequence_mask,
             beam_mask,
@@ -177,18 +192,19 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             sapo_temperature_pos=args.sapo_temperature_pos,
             sapo_temperature_neg=args.sapo_temperature_neg,
             max_length=self._max_length or None,
-            weights=compute_softmax_weights(rewards, args.loss_temperature, beam_mask),
+            weights=compute_softmax_weights(rewards, args.loss_temperature, compared),
         )  # (B,)
         stats["policy_loss"] = losses.detach()
 
-        if args.beta > 0:
-            reference = self._reference_output(inputs, temperature, step_log_probs=exact)
-            if exact:
-                kl = exact_kl(output.step_log_probs, reference.step_log_probs, args.kl_direction, sequence_mask)
+        if args.beta > 0 or args.adaptive_temperature:
+            if args.kl_estimator == "exact":
+                reference = self._reference_output(inputs, temperature, step_log_probs=True).step_log_probs
+                kl = exact_kl(output.step_log_probs, reference, args.kl_direction, sequence_mask)  # (B, G, S)
             else:
-                kl = kl_estimate(
-                    output.log_probs, reference.log_probs, args.kl_estimator, args.kl_direction, sequence_mask
-                )
+                reference = inputs.get(REFERENCE_COLUMN)  # (B, G, S)
+                if reference is None:
+                    reference = self._reference_output(inputs, temperature).log_probs
+                kl = kl_estimate(output.log_probs, reference, args.kl_estimator, args.kl_direction, sequence_mask)
             stats["kl"] = _mean_over_steps(kl, sequence_mask)  # (B,)
             losses = losses + control.beta * stats["kl"]
         if args.entropy_coef:
@@ -203,29 +219,45 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
 
     @torch.no_grad()
     def _old_log_probs(self, inputs: dict[str, Any], temperature: float) -> Tensor | None:
-        """log π_old of the logged picks (B, G, S); `None` where π_old is the policy itself or the loss has no ratio."""
+        """log π_old of the logged picks (B, G, S); `None` where it is the policy itself or the loss has no ratio."""
         every_step = self.args.old_policy_refresh == "steps" and self.args.old_policy_refresh_steps == 1
         if every_step or self.args.loss_type in ("rwr", "listwise_kl", "asymre"):
             return None
         with self.accelerator.autocast():
             return self.policy(self.old_policy, inputs, temperature=temperature).log_probs
 
-    @torch.no_grad()
-    def _reference_output(self, inputs: dict[str, Any], temperature: float, step_log_probs: bool) -> Any:
-        with self.accelerator.autocast():
-            return self.policy(
-                self.reference, inputs, temperature=temperature, return_step_log_probs=step_log_probs
-            )
+    @contextmanager
+    def _same_dropout(self, model: nn.Module) -> Iterator[None]:
+        """
+        Inside, π_old drops the units that the policy will drop in its next forward: with dropout too, the ratio is
+        exactly 1 after a refresh, and differs from 1 only by what the policy has learned since.
+        """
+        if not (model.training and self._has_dropout):
+            yield
+            return
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            self.old_policy.train()
+            try:
+                yield
+            finally:
+                self.old_policy.eval()
 
-    def selection_metrics(self, inputs, rewards):
-        metrics = super().selection_metrics(inputs, rewards)
+    @torch.no_grad()
+    def _reference_output(self, inputs: dict[str, Any], temperature: float, step_log_probs: bool = False) -> Any:
+        with self.accelerator.autocast():
+            return self.policy(self.reference, inputs, temperature=temperature, return_step_log_probs=step_log_probs)
+
+    def _reference_log_probs(self, inputs: dict[str, Any]) -> Tensor:
+        return self._reference_output(self._prepare_inputs(inputs), temperature=1.0).log_probs
+
+    def selection_metrics(self, inputs, rewards, output, picks):
+        metrics = super().selection_metrics(inputs, rewards, output, picks)
         sequence_mask = inputs["sequence_mask"]
-        selector = self.accelerator.unwrap_model(self.model)
-        policy = self.policy(selector, inputs, return_step_log_probs=True).step_log_probs
         reference = self._reference_output(inputs, 1.0, step_log_probs=True).step_log_probs
-        metrics["kl"] = _mean_over_steps(exact_kl(policy, reference, "reverse", sequence_mask), sequence_mask)
-        changed = self.greedy_picks(selector, inputs) != self.greedy_picks(self.reference, inputs)
-        metrics["greedy_changed"] = changed.any(-1).float()
+        kl = exact_kl(output.step_log_probs, reference, sequence_mask=sequence_mask)
+        metrics["kl"] = _mean_over_steps(kl, sequence_mask)
+        metrics["greedy_changed"] = (picks != self.greedy_picks(self.reference, inputs)).any(-1).float()
         return metrics
 
     # ---- stages and frozen policies ----
@@ -266,7 +298,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             if self.args.restore_best and self.state.best_model_checkpoint is not None:
                 self._load_best_model()
                 self.optimizer.state.clear()  # its moments belong to the weights that were left
-            self.save_model(os.path.join(self.args.output_dir, "rce"), _internal_call=True)
+            self.save_model(os.path.join(str(self.args.output_dir), "rce"), _internal_call=True)
         in_stage = step - plan.rce
         due = {
             "never": False,
@@ -308,38 +340,45 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             "beta": control.beta,
         }
 
-    def _precompute_ref_log_probs(self) -> None:
-        """Adds the column `ref_log_probs` to the training set, and a collator that pads it."""
-        raise NotImplementedError
-
     # ---- checkpoints: what resuming needs beside the base class's files ----
+
+    def training_memory(self):
+        return {**super().training_memory(), "control": asdict(self.policy_control)}
+
+    def load_training_memory(self, memory):
+        super().load_training_memory(memory)
+        for field, value in memory["control"].items():
+            setattr(self.policy_control, field, value)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if not self.args.should_save:
-            return
-        tensors = {
-            f"{name}.{key}": value.contiguous()
-            for name, policy in (("reference", self.reference), ("old_policy", self.old_policy))
-            for key, value in policy.state_dict().items()
-        }
-        save_file(tensors, os.path.join(output_dir, FROZEN_POLICIES_NAME))
-        state = {"control": asdict(self.policy_control), "sums": dict(self._sums), "counts": dict(self._counts)}
-        Path(output_dir, POLICY_CONTROL_NAME).write_text(json.dumps(state, indent=2))
+        if self.args.should_save:
+            tensors = {
+                f"{name}.{key}": value.contiguous()
+                for name, policy in self._frozen_policies.items()
+                for key, value in policy.state_dict().items()
+            }
+            save_file(tensors, os.path.join(output_dir, FROZEN_POLICIES_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         tensors = load_file(os.path.join(checkpoint, FROZEN_POLICIES_NAME), device=str(self.args.device))
-        for name, policy in (("reference", self.reference), ("old_policy", self.old_policy)):
+        if self.args.precompute_ref_log_probs and any(
+            not torch.equal(value, tensors[f"reference.{key}"]) for key, value in self.reference.state_dict().items()
+        ):
+            raise ValueError(
+                f"{checkpoint} belongs to a training with another start than the given model, whose log-probabilities "
+                "are precomputed: resume with the model that the training started from."
+            )
+        for name, policy in self._frozen_policies.items():
             prefix = f"{name}."
             policy.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        state = json.loads(Path(checkpoint, POLICY_CONTROL_NAME).read_text())
-        for field, value in state["control"].items():
-            setattr(self.policy_control, field, value)
-        self._sums.update(state["sums"])
-        self._counts.update(state["counts"])
+
+    @property
+    def _frozen_policies(self) -> dict[str, nn.Module]:
+        return {"reference": self.reference, "old_policy": self.old_policy}
 
 
 def _mean_over_steps(values: Tensor, sequence_mask: Tensor) -> Tensor:

@@ -46,9 +46,10 @@ class StagePlan:
         Cuts `max_steps` in proportion to the epochs of each stage; `curriculum_epochs` of the `grpo_epochs` are early.
         """
         total = rce_epochs + grpo_epochs
-        rce = round(max_steps * rce_epochs / total)
-        late = round(max_steps * (grpo_epochs - min(curriculum_epochs, grpo_epochs)) / total)
-        return cls(rce, max_steps - rce - late, late)
+        # the ends of the stages are rounded, not their lengths: those could sum to more than there are steps
+        rce_end = round(max_steps * rce_epochs / total)
+        early_end = round(max_steps * (rce_epochs + min(curriculum_epochs, grpo_epochs)) / total)
+        return cls(rce_end, early_end - rce_end, max_steps - early_end)
 
     @property
     def steps(self) -> tuple[int, int, int]:
@@ -83,15 +84,13 @@ def warmup_cosine(step: int, steps: int, warmup_ratio: float) -> float:
 
     The first step already moves: its factor is `1 / warm-up steps`, not 0.
     """
-    warmup = math.ceil(steps * warmup_ratio)
+    warmup = math.ceil(round(steps * warmup_ratio, 6))  # 0.07 * 100 is a little more than 7
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
-def adapt(
-    value: float, kl: float, low: float, high: float, factor: float, minimum: float, maximum: float
-) -> float:
+def adapt(value: float, kl: float, low: float, high: float, factor: float, minimum: float, maximum: float) -> float:
     """
     One move of a proportional controller: `value` times `factor` where `kl` is above `high`, divided by it where `kl`
     is below `low`, unchanged inside the band; kept in `[minimum, maximum]`.

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ..objectives import curriculum_mask, rce_loss
-from .selector_trainer import SelectorTrainer, SelectorTrainingArguments
+from .selector_config import SelectorTrainingArguments
+from .selector_trainer import SelectorTrainer
 
 
 @dataclass
@@ -63,6 +64,7 @@ class SelectorSFTTrainer(SelectorTrainer):
     """
 
     _tag_names = ["lever-grpo", "sft"]
+    args: SelectorSFTConfig
 
     def group_losses(self, model, inputs, rewards):
         output = self.policy(model, inputs)

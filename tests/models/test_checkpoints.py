@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from conftest import make_batch, make_selector
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModel
+from small_selectors import make_batch, make_selector
+from transformers import AutoModel, Trainer, TrainingArguments
 
 from lever_grpo import PointerSelector
 
@@ -138,3 +138,9 @@ def test_the_forward_pass_is_one_graph_that_compiles(variant):
 @pytest.mark.slow
 def test_the_compiled_forward_pass_equals_the_eager_one(variant):
     compiled_agrees(variant, "inductor")
+
+
+def test_a_trainer_does_not_pass_loss_arguments_to_forward(tmp_path):
+    # `**kwargs` in the signature would make it do so
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    assert not Trainer(make_selector().float(), arguments).model_accepts_loss_kwargs

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import CANDIDATE_WIDTH, QUERY_WIDTH, gradients, make_batch, make_config, make_selector
+from small_selectors import CANDIDATE_WIDTH, QUERY_WIDTH, gradients, make_batch, make_config, make_selector
 from torch.nn import functional as F
 
 from lever_grpo import PointerSelector

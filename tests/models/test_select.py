@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-from conftest import make_batch, make_selector
 from scipy.stats import chisquare
+from small_selectors import make_batch, make_selector
 
 
 def pools(**options) -> dict:

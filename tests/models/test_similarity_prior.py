@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import SMALL, make_batch, make_selector
+from small_selectors import SMALL, make_batch, make_selector
 from torch.nn import functional as F
 from transformers import AutoModel
 

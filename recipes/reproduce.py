@@ -1,0 +1,152 @@
+"""Run the flagship on every task of the sample over several seeds, with its ablations, and write the table of the docs.
+
+    python recipes/reproduce.py [--tasks emoji ...] [--seeds 5] [--jobs 2] [--output_dir outputs/reproduce]
+
+For each task and seed: the flagship (SFT, RCE, GRPO of `okvqa_v3.yaml`); the literal original setting from the same
+start; and the original system in full (a v2 network from random weights, SFT, then the literal setting). On `emoji` also
+learning curves over the number of training queries. A run that is complete is not repeated, one that was cut off is
+resumed. Ends with `docs/results.md` (and `report.json` in the output folder), whatever it says.
+"""
+
+import argparse
+import copy
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lever_grpo import GroupBeamGRPOConfig
+from lever_grpo.data import list_samples
+from lever_grpo.pipeline import RecipeArguments, judge, load_task, parse, train
+from lever_grpo.report import (
+    MethodResult,
+    load_results,
+    pool_tasks,
+    print_report,
+    save_results,
+    stack_seeds,
+    to_markdown,
+    write_report,
+)
+
+
+HERE = Path(__file__).resolve().parent
+FLAGSHIP = HERE / "okvqa_v3.yaml"
+LEARNING_CURVE = {"emoji": (150, 450)}  # training queries, beside all of them
+# the original setting, to the letter: five surviving beams, π_old fixed at the start, an estimator for the KL, raw
+# scores in RCE, advantages after the curriculum's cut, the last checkpoint
+LITERAL = {
+    "rce_epochs": 1.0,
+    "grpo_epochs": 3.0,
+    "curriculum_epochs": 1.0,
+    "curriculum_first": True,
+    "rce_normalize": False,
+    "old_policy_refresh": "never",
+    "kl_estimator": "k3",
+    "scale_rewards": "group",
+    "importance_sampling_level": "token",
+    "adaptive_beta": True,
+    "restore_best": False,
+    "load_best_model_at_end": False,
+    "eval_on_start": False,
+    "rce_learning_rate": 3e-5,
+    "learning_rate": 3e-4,
+    "num_train_epochs": 4.0,
+}
+V2 = {"model_preset": "v2", "similarity_prior": False, "hidden_dim": 256, "num_set_layers": 0, "dropout": 0.1}
+
+
+def with_values(arguments: object, values: dict) -> object:
+    """A copy of parsed arguments with other values."""
+    changed = copy.copy(arguments)
+    for name, value in values.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def run_one(task: str, seed: int, queries: int | None, output: Path) -> None:
+    """All methods of one task and seed; ends with `results.json` in its folder."""
+    folder = output / task / (f"seed{seed}" if queries is None else f"queries{queries}-seed{seed}")
+    if (folder / "results.json").exists():
+        return
+    options = ["--config", str(FLAGSHIP), "--task", task, "--seed", str(seed), "--output_dir", str(folder)]
+    recipe, args = parse(options, GroupBeamGRPOConfig)
+    args.resume_from_checkpoint = "true"
+    recipe.max_samples = queries
+    data = load_task(recipe, seed)
+    selectors, _ = train(recipe, args, data, folder)
+    if queries is None:
+        literal = with_values(args, LITERAL)
+        original = with_values(recipe, {**V2, "sft_epochs": 10.0, "sft_learning_rate": 3e-4})
+        survivors = load_task(with_values(recipe, {"max_group_size": recipe.sft_num_beams}), seed)
+        from_start = with_values(recipe, {"sft_ckpt": selectors["sft"]})
+        selectors["grpo_literal"] = train(from_start, literal, survivors, folder / "literal")[0]["grpo"]
+        v2, _ = train(original, literal, survivors, folder / "v2")
+        selectors.update(v2_sft=v2["sft"], v2_grpo_literal=v2["grpo"])
+    save_results(judge(data, selectors), folder / "results.json")
+
+
+def gather(output: Path, task: str, pattern: str) -> list[MethodResult]:
+    """Results of all seeds of a task, one row per method."""
+    runs = [load_results(path) for path in sorted((output / task).glob(f"{pattern}/results.json"))]
+    return [stack_seeds([run[name] for run in runs]) for name in runs[0]]
+
+
+def learning_curve(output: Path) -> list[dict]:
+    """Mean held-out reward against the number of training queries."""
+    rows = []
+    for task, sizes in LEARNING_CURVE.items():
+        for size in (*sizes, None):
+            pattern = "seed*" if size is None else f"queries{size}-seed*"
+            if not any((output / task).glob(f"{pattern}/results.json")):
+                continue
+            means = {result.name: float(result.rewards.mean()) for result in gather(output, task, pattern)}
+            shown = {name: f"{means[name]:.3f}" for name in ("similarity", "sft", "rce", "grpo")}
+            rows.append({"task": task, "training queries": size or "all", **shown})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list_samples(), choices=list_samples())
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"))
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "results.md")
+    parser.add_argument("--one", nargs=3, metavar=("TASK", "SEED", "QUERIES"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        task, seed, queries = arguments.one
+        run_one(task, int(seed), int(queries) or None, arguments.output_dir)
+        return
+
+    seeds = range(arguments.seeds)
+    jobs = [(task, seed, 0) for task in arguments.tasks for seed in seeds]
+    jobs += [(task, seed, n) for task in arguments.tasks for n in LEARNING_CURVE.get(task, ()) for seed in seeds]
+
+    def launch(job: tuple) -> None:
+        command = [sys.executable, __file__, "--output_dir", str(arguments.output_dir), "--one", *map(str, job)]
+        log = arguments.output_dir / "logs" / ("-".join(map(str, job)) + ".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as stream:
+            done = subprocess.run(command, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        print(f"{job}: {'done' if done.returncode == 0 else f'failed, see {log}'}", flush=True)
+        if done.returncode:
+            raise RuntimeError(f"{job} failed, see {log}")
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(launch, jobs))
+
+    report = pool_tasks(
+        {task: gather(arguments.output_dir, task, "seed*") for task in arguments.tasks},
+        title="Results",
+        sections={"Learning curve (mean held-out reward)": learning_curve(arguments.output_dir)},
+    )
+    write_report(report, arguments.output_dir)
+    arguments.docs.write_text(to_markdown(report), encoding="utf-8")
+    print_report(report)
+
+
+if __name__ == "__main__":
+    main()
