@@ -33,12 +33,20 @@ from .data.records import BeamDataError
 from .inference import evaluate_selectors
 from .models import PRESETS, PointerSelector, PointerSelectorConfig
 from .report import MethodResult, build_report, print_report, save_results, write_report
-from .trainer import GroupBeamGRPOConfig, GroupBeamGRPOTrainer, SelectorSFTConfig, SelectorSFTTrainer, SelectorTrainingArguments, fit_answer_agreement
+from .trainer import (
+    GroupBeamGRPOConfig,
+    GroupBeamGRPOTrainer,
+    SelectorSFTConfig,
+    SelectorSFTTrainer,
+    SelectorTrainingArguments,
+    fit_answer_agreement,
+)
 from .trainer.checkpoints import last_checkpoint
 
 
 logger = logging.getLogger(__name__)
 TrainingConfig = TypeVar("TrainingConfig", bound=SelectorTrainingArguments)
+RUN_FOLDERS = ("checkpoints", "warm_start", "sft", "rce", "grpo")
 
 
 @dataclass
@@ -56,8 +64,8 @@ class RecipeArguments:
         candidate_pools (`str`, *optional*):
             Side file with the pools, for logs that do not hold them.
         validation_data, heldout_data (`str`, *optional*):
-            Beam logs of other queries: to choose checkpoints on, and to report on. Without them, shares of the training
-            queries are set aside.
+            Beam logs of other queries: to choose checkpoints on, and to report on. Without them, shares of the
+            training queries are set aside.
         entities (`str`, *optional*):
             JSON file `{"row id": "what the row is about"}` (an image, a person): splits keep rows about the same thing
             together, and no query's pool holds another row about its own thing.
@@ -112,7 +120,7 @@ class RecipeArguments:
     model_preset: str = field(default="v3", metadata={"help": f"One of {', '.join(PRESETS)}."})
     encoder: str | None = field(default=None, metadata={"help": "Encoder, if not the preset's; 'none': prior alone."})
     hidden_dim: int = field(default=64, metadata={"help": "Width of the network."})
-    num_set_layers: int = field(default=1, metadata={"help": "Self-attention layers among the candidates."})
+    num_set_layers: int = field(default=0, metadata={"help": "Self-attention layers among the candidates."})
     similarity_prior: bool = field(default=True, metadata={"help": "Whether to start exactly at similarity."})
     prior_rank: int = field(default=32, metadata={"help": "Rank of the learned change of the metric."})
     dropout: float = field(default=0.3, metadata={"help": "Dropout of the network and of the prior."})
@@ -157,9 +165,19 @@ def parse(arguments: Sequence[str], config: type[TrainingConfig]) -> tuple[Recip
     Raises:
         ValueError: for a key that no argument has.
     """
-    # the parser knows `--config FILE` but not `--config=FILE`
+    # the parser knows `--config FILE` but not `--config=FILE`, and `--resume_from_checkpoint` with a value only
     parts = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    recipe, args = TrlParser((RecipeArguments, config)).parse_args_and_config(parts, fail_with_unknown_args=True)
+    for i, part in reversed(list(enumerate(parts))):
+        if part == "--resume_from_checkpoint" and (i + 1 == len(parts) or parts[i + 1].startswith("--")):
+            parts.insert(i + 1, "true")
+    recipe, args = TrlParser([RecipeArguments, config]).parse_args_and_config(parts, fail_with_unknown_args=True)
+    resume = str(args.resume_from_checkpoint or "false").lower()
+    if resume not in ("true", "false"):
+        raise ValueError(
+            f"resume_from_checkpoint={args.resume_from_checkpoint!r}: must be true or false; a run that is continued "
+            "finds the last whole checkpoint of its output_dir itself."
+        )
+    args.resume_from_checkpoint = "true" if resume == "true" else None
     return recipe, args
 
 
@@ -283,13 +301,14 @@ def untrained(recipe: RecipeArguments, data: TaskData, seed: int, output: Path |
     warm = copy.deepcopy(selector)
     fit_answer_agreement(
         warm,
-        *(torch.from_numpy(store.gather(ids, names)) for names in (collator.query_features, collator.candidate_features)),
+        torch.from_numpy(store.gather(ids, collator.query_features)),
+        torch.from_numpy(store.gather(ids, collator.candidate_features)),
         torch.from_numpy(store.gather(ids, [recipe.answer_feature])),
         torch.tensor(entities),
         steps=recipe.warm_start_steps,
         seed=seed,
     )
-    if output is not None:
+    if output is not None and PartialState().is_main_process:
         save_selector(warm, output / "warm_start")
     before, after = (
         evaluate_selectors({"start": start}, data.validation, collator, data.num_shots)[-2].rewards.mean()
@@ -330,9 +349,7 @@ def sft_config(recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> SelectorSF
     return SelectorSFTConfig(**options)
 
 
-def train_sft(
-    args: SelectorSFTConfig, data: TaskData, selector: PointerSelector, folder: Path
-) -> SelectorSFTTrainer:
+def train_sft(args: SelectorSFTConfig, data: TaskData, selector: PointerSelector, folder: Path) -> SelectorSFTTrainer:
     """Runs the supervised stage; its checkpoints go to `folder`."""
     options = copy.copy(args)
     options.output_dir = str(folder)
@@ -347,6 +364,7 @@ def post_train(
     """Runs RCE and GRPO; checkpoints go to `folder`."""
     options = copy.copy(args)
     options.output_dir = str(folder)
+    options.hub_model_id = args.hub_model_id or Path(args.output_dir).name  # not the name of the checkpoints' folder
     trainer = GroupBeamGRPOTrainer(selector, options, data.collator, data.train, data.validation)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume_from_checkpoint else None)
     return trainer
@@ -484,20 +502,22 @@ def _settings(recipe: RecipeArguments, args: SelectorTrainingArguments) -> dict[
     """What a reader wants to know of the run: the recipe, and the trainer's arguments that are this package's own."""
     own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)}
     shared = ("learning_rate", "weight_decay", "per_device_train_batch_size", "num_train_epochs")
-    values = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("task", "dry_run", "overwrite")}
+    values = {
+        f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("task", "dry_run", "overwrite")
+    }
     values.update({name: getattr(args, name) for name in (*shared, *sorted(own))})
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _prepare_output(output: Path, recipe: RecipeArguments, args: SelectorTrainingArguments) -> None:
     """Refuses to mix two runs in one folder."""
-    earlier = [output / name for name in ("checkpoints", "sft", "rce", "grpo") if (output / name).exists()]
+    earlier = [output / name for name in RUN_FOLDERS if (output / name).exists()]
     if not earlier or args.resume_from_checkpoint:
         return
     if not recipe.overwrite:
         raise ValueError(
-            f"output_dir={str(output)!r} holds an earlier run ({', '.join(path.name for path in earlier)}); continue it "
-            "with --resume_from_checkpoint true, delete it with --overwrite true, or name another folder."
+            f"output_dir={str(output)!r} holds an earlier run ({', '.join(path.name for path in earlier)}); continue "
+            "it with --resume_from_checkpoint true, delete it with --overwrite true, or name another folder."
         )
     for path in earlier:
         shutil.rmtree(path)
@@ -510,6 +530,7 @@ def _dry_run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTCon
     quiet.eval_strategy = quiet.save_strategy = "no"
     quiet.load_best_model_at_end = quiet.eval_on_start = quiet.push_to_hub = False
     quiet.resume_from_checkpoint = None
+    quiet.report_to = []
     selector: str | PointerSelector | None = recipe.sft_ckpt
     if selector is None:
         supervised = quiet if isinstance(quiet, SelectorSFTConfig) else sft_config(recipe, quiet)
@@ -523,7 +544,8 @@ def _dry_run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTCon
         stages = f"RCE, early and late GRPO: {trainer.stage_plan.steps}"
     sizes = [len(part) for part in (data.train, data.validation, data.heldout)]
     logger.warning(
-        "dry run: all is well with %d training, %d validation and %d held-out queries; steps of %s. Nothing was written.",
+        "dry run: all is well with %d training, %d validation and %d held-out queries; steps of %s. Nothing was "
+        "written.",
         *sizes,
         stages,
     )

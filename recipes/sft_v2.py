@@ -1,6 +1,6 @@
 """Train the supervised selector (v2) alone: imitate the best beams, then the report.
 
-    accelerate launch recipes/sft_v2.py --config recipes/sft_v2.yaml
+accelerate launch recipes/sft_v2.py --config recipes/sft_v2.yaml
 """
 
 import sys

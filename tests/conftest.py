@@ -1,11 +1,17 @@
 import os
+import shutil
+import tempfile
 
 import pytest
 
 
-# No test needs the network; nor do the processes that tests start.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# No test needs the network or touches the user's caches; nor do the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+CACHE = os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lever-grpo-tests-")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +19,11 @@ def planted():
     from planted import Planted
 
     return Planted()
+
+
+@pytest.fixture(scope="session")
+def planted_files(tmp_path_factory, planted):
+    """The planted log as files: our own format, the Lever-LM format with pools beside it, and the embeddings."""
+    from planted import write_files
+
+    return write_files(tmp_path_factory.mktemp("planted"), planted)

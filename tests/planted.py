@@ -1,6 +1,8 @@
 """Small beam logs with a planted signal: what a sequence is worth follows from a hidden direction of the embeddings."""
 
+import json
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,3 +133,43 @@ def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different, f"{len(different)} of {len(a)} tensors differ: {different[:3]}"
+
+
+def write_files(folder: Path, data: Planted) -> dict[str, str]:
+    """Paths by name: train, validation, heldout (our format), lever_lm, pools, embeddings, entities."""
+    heldout = planted_rows(data.embeddings, list(range(TRAIN + VALIDATION - 4, TRAIN + VALIDATION)), seed=5)
+    validation = [row for row in data.validation if row["query_id"] < TRAIN + VALIDATION - 4]
+    # singles too, as a search scores them: what was not scored can then be estimated
+    train = []
+    for row in data.rows:
+        singles = planted_rows_like(data.embeddings, row, [[i] for i in range(len(row["candidate_ids"]))])
+        columns = {"correct": singles["columns"]["correct"] + row["columns"]["correct"]}
+        joined = {name: singles[name] + row[name] for name in ("sequences", "scores", "survived")}
+        train.append({**row, **joined, "columns": columns})
+    logs = {"train": train, "validation": validation, "heldout": heldout}
+    for name, rows in logs.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # prompt order (last found first), then the query itself
+    lever_lm = {
+        str(row["query_id"]): {
+            "id_list": [[row["candidate_ids"][i] for i in reversed(s)] + [row["query_id"]] for s in row["sequences"]],
+            "score_list": row["scores"],
+        }
+        for row in data.rows
+    }
+    (folder / "beams.json").write_text(json.dumps(lever_lm))
+    pools = [{"query_id": row["query_id"], "candidate_ids": row["candidate_ids"]} for row in data.rows]
+    (folder / "pools.jsonl").write_text("".join(json.dumps(pool) + "\n" for pool in pools))
+    np.save(folder / "text.npy", data.embeddings)
+    (folder / "entities.json").write_text(json.dumps({str(i): f"thing {i // 2}" for i in range(ROWS)}))
+    paths = {name: str(folder / f"{name}.jsonl") for name in logs}
+    others = {"lever_lm": "beams.json", "pools": "pools.jsonl", "embeddings": "text.npy", "entities": "entities.json"}
+    return paths | {name: str(folder / file) for name, file in others.items()}
+
+
+def planted_rows_like(embeddings: np.ndarray, row: dict[str, Any], sequences: list[list[int]]) -> dict[str, Any]:
+    """A group of the same query and pool with other sequences."""
+    scores = [score_of(embeddings, [row["candidate_ids"][i] for i in s]) for s in sequences]
+    correct = {"correct": [float(score > -3.0) for score in scores]}
+    survived = [False] * len(scores)
+    return {**row, "sequences": sequences, "scores": scores, "survived": survived, "columns": correct}

@@ -113,7 +113,7 @@ def evaluate_selectors(
             "random",
             random_reward(scores),
             percentiles=np.full(len(rows), 50.0),
-            correct=None if correct is None else [float(np.mean(values)) for values in correct],
+            correct=None if correct is None else np.array([np.mean(values) for values in correct]),
         )
     )
     for name, selector in selectors.items():
@@ -147,5 +147,5 @@ def _expected_rewards(
 def _oracle(best: NDArray[np.float64], scores: list[Any], correct: list[Any] | None) -> MethodResult:
     answers = None
     if correct is not None:
-        answers = [values[int(np.argmax(group))] for values, group in zip(correct, scores, strict=True)]
+        answers = np.array([values[int(np.argmax(group))] for values, group in zip(correct, scores, strict=True)])
     return MethodResult("oracle", best, percentiles=score_percentile(best, scores), correct=answers)

@@ -102,7 +102,7 @@ class PointerSelector(PreTrainedModel):
     def __init__(self, config: PointerSelectorConfig):
         super().__init__(config)
         self.prior = SimilarityPrior(config) if config.similarity_prior else None
-        self.pointer = None
+        self.pointer: nn.Linear | None = None
         if config.encoder != "none":
             self._build_network(config)
         self.post_init()
@@ -203,7 +203,7 @@ class PointerSelector(PreTrainedModel):
         picks: torch.Tensor,  # (B, G, t) what was picked so far
         temperature: float,
     ) -> torch.Tensor:
-        logits = 0.0 if self.prior is None else self.prior(encoding.prior, picks)
+        logits = state.new_zeros(()) if self.prior is None else self.prior(encoding.prior, picks)
         if self.pointer is not None:
             scores = self.pointer(state) @ encoding.candidates.transpose(1, 2)
             logits = logits + scores / math.sqrt(self.config.hidden_dim)

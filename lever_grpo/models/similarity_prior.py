@@ -75,7 +75,7 @@ class SimilarityPrior(nn.Module):
         self.mix = nn.Parameter(torch.empty(2, len(self.pairs)))  # first pick, later picks
         self.log_scale = nn.Parameter(torch.empty(2))
         self.agreement = nn.Parameter(torch.empty(len(self.candidate_metric)))
-        self.log_sharpness = nn.Parameter(torch.empty(()))
+        self.log_sharpness = nn.Parameter(torch.empty(1))  # FSDP2 refuses weights without a dimension
         self.redundancy = nn.Parameter(torch.empty(len(self.candidate_metric)))
 
     @torch.no_grad()

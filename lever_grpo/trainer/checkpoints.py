@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 logger = logging.getLogger(__name__)
 MEMORY_NAME = "training_memory.json"
 # names that optimisers and weights go by: on one device and with DDP, with FSDP, with DeepSpeed
-_WEIGHTS = ("*.safetensors", "*.bin", "pytorch_model_fsdp*", "global_step*")
+_WEIGHTS = ("model*.safetensors", "adapter_model*", "pytorch_model*", "global_step*")
 _OPTIMIZER = ("optimizer*", "global_step*")
 
 

@@ -17,6 +17,7 @@ VARIANTS = {
     "v1": {"preset": "v1"},
     "v2": {"preset": "v2"},
     "v3": {"preset": "v3"},
+    "prior": {"preset": "v3", "encoder": "none", "similarity_prior": True},
     "v1-prior": {"preset": "v1", "similarity_prior": True},
     "v3-sets": {"preset": "v3", "num_set_layers": 1},
     "v3-prior-sets": {"preset": "v3", "similarity_prior": True, "num_set_layers": 2, "num_layers": 2},
@@ -33,8 +34,10 @@ def make_selector(variant: str = "v3", seed: int = 0, trained: bool = True, **op
     selector = PointerSelector(make_config(variant, **options)).double().eval()
     if trained:
         with torch.no_grad():
-            for parameter in selector.parameters():
-                parameter.add_(0.5 * torch.randn_like(parameter))
+            for name, parameter in selector.named_parameters():
+                # the prior multiplies these by a gain: more noise, and every distribution is a single candidate
+                small = name in ("prior.mix", "prior.agreement", "prior.redundancy")
+                parameter.add_((0.03 if small else 0.5) * torch.randn_like(parameter))
     return selector
 
 

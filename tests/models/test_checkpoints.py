@@ -37,9 +37,10 @@ def test_weights_that_a_checkpoint_lacks_start_at_the_baseline(tmp_path):
     selector = make_selector("v1").float()
     selector.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, similarity_prior=True)
-    torch.testing.assert_close(loaded.prior.mix, torch.tensor([[1.0, 0.5, 0.0]] * 2))
+    fresh = make_selector("v1-prior", trained=False).float()
+    assert torch.equal(loaded.prior.mix, fresh.prior.mix) and loaded.prior.mix.unique().numel() == 3
     torch.testing.assert_close(loaded.prior.log_scale.exp(), torch.full((2,), 3.0))
-    assert (loaded.prior.redundancy == 0).all()
+    assert (loaded.prior.redundancy == 0).all() and (loaded.prior.agreement == 0).all()
     assert all((metric.up.weight == 0).all() for metric in loaded.prior.query_metric.values())
     assert all((metric.down.weight != 0).all() for metric in loaded.prior.query_metric.values())
     assert torch.equal(loaded.pointer.weight, selector.pointer.weight)
@@ -59,7 +60,8 @@ def test_lora_trains_only_its_adapters(variant, task_type, tmp_path):
     base = {name: value.clone() for name, value in selector.state_dict().items()}
     before = selector(**batch).log_probs.detach()
     selector.save_pretrained(tmp_path / "base")
-    targets = ["pointer", "from_pick"] if variant.startswith("v1") else ["q_proj", "v_proj", "pointer"]
+    targets = {"prior": ["down", "up"], "v1": ["pointer", "from_pick"], "v1-prior": ["pointer", "from_pick", "up"]}
+    targets = targets.get(variant, ["q_proj", "v_proj", "pointer"])
     model = get_peft_model(selector, LoraConfig(r=2, target_modules=targets, task_type=task_type)).train()
     assert torch.allclose(model.eval()(**batch).log_probs, before)  # an adapter starts as no change
     model.train()

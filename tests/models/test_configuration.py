@@ -62,7 +62,8 @@ def test_a_saved_config_comes_back_with_its_features_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoder": "lstm"}, "encoder='lstm': must be one of bi_encoder, cross_attention"),
+        ({"encoder": "lstm"}, "encoder='lstm': must be one of none, bi_encoder, cross_attention"),
+        ({"encoder": "none"}, "encoder='none' leaves the prior alone to decide; set similarity_prior=True"),
         ({"state_update": "sum"}, "state_update='sum': must be one of additive, gated"),
         ({"hidden_dim": 6}, "hidden_dim=6 is not a multiple of num_attention_heads=4"),
         ({"hidden_dim": 0}, "hidden_dim=0"),

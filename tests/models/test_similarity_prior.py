@@ -7,7 +7,7 @@ from transformers import AutoModel
 from lever_grpo import PointerSelector, PointerSelectorConfig
 
 
-PRIORS = ("v1-prior", "v3-prior-sets")
+PRIORS = ("prior", "v1-prior", "v3-prior-sets")
 
 
 def cosine(x: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
@@ -69,6 +69,34 @@ def test_a_pair_that_starts_at_zero_can_be_taken_in():
     selector(**batch).log_probs.sum().backward()
     assert (selector.prior.mix.grad.abs() > 1e-6).all()
     assert (selector.prior.redundancy.grad.abs() > 1e-6).all()
+    assert (selector.prior.agreement.grad.abs() > 1e-6).all()
+
+
+def test_agreement_lets_the_near_candidates_vote():
+    selector = make_selector("prior", trained=False)
+    batch = make_batch(queries=1, pool=4, group=1, shots=1)
+    answers = batch["candidate_embeds"][0, :, -4:]
+    answers[:] = torch.eye(4, dtype=torch.float64)
+    answers[2] = answers[1]  # 1 and 2 have one answer, the others their own
+    before = selector(**batch, return_step_log_probs=True).step_log_probs[0, 0, 0]
+    with torch.no_grad():
+        selector.prior.agreement[list(selector.prior.candidate_metric).index("answer")] = 0.1
+    after = selector(**batch, return_step_log_probs=True).step_log_probs[0, 0, 0]
+    votes = before.exp()  # η is 1 at the start
+    votes = torch.stack([votes[0], votes[1] + votes[2], votes[1] + votes[2], votes[3]])
+    torch.testing.assert_close(after, (before + 3.0 * 16 * 0.1 * votes).log_softmax(-1))
+
+
+def test_pair_logits_are_the_logits_of_any_pool_without_its_votes():
+    selector, batch = make_selector("prior"), make_batch()
+    with torch.no_grad():
+        selector.prior.agreement.zero_()
+    every = selector.prior.pair_logits(batch["query_embeds"], batch["candidate_embeds"].flatten(0, 1))
+    assert every.shape == (2, 2, 10)
+    for query in range(2):
+        encoding = selector.encode(batch["query_embeds"], batch["candidate_embeds"]).prior
+        own = every[:, query, 5 * query : 5 * query + 5]
+        torch.testing.assert_close(own, torch.stack([encoding.first[query], encoding.later[query]]))
 
 
 def test_a_negative_redundancy_repels_what_is_like_the_picks():

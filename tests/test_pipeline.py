@@ -1,0 +1,287 @@
+"""From files to a report, in all the ways that the recipes can be run; and from any interruption to the same end."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from planted import assert_same_weights, make_args, weights_of
+from transformers import AutoModel, TrainerCallback
+
+from lever_grpo import PointerSelector, SelectorSFTConfig
+from lever_grpo.inference import choose
+from lever_grpo.pipeline import RecipeArguments, load_task, run, similarity_baseline
+from lever_grpo.report import load_results
+
+
+def make_recipe(files: dict[str, str], **options) -> RecipeArguments:
+    own = {"beam_data": [files["train"]], "validation_data": files["validation"], "heldout_data": files["heldout"]}
+    small = {"hidden_dim": 8, "num_set_layers": 0, "prior_rank": 2, "dropout": 0.1, "sft_epochs": 1, "sft_num_beams": 2}
+    return RecipeArguments(**{**own, **small, "embeddings": files["embeddings"], **options})
+
+
+def selector_bytes(output: Path) -> dict[str, bytes]:
+    return {name: (output / name / "model.safetensors").read_bytes() for name in ("sft", "rce", "grpo")}
+
+
+@pytest.fixture(scope="module")
+def finished(planted_files, tmp_path_factory):
+    """An undisturbed run: its folder and its report."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    return output, run(make_recipe(planted_files), make_args(output, learning_rate=0.02, seed=3))
+
+
+# ---- the whole way ----
+
+
+def test_report(finished):
+    output, report = finished
+    assert report == json.loads((output / "report.json").read_text())
+    assert list(report["methods"]) == ["zero_shot", "random", "similarity", "sft", "rce", "grpo", "oracle"]
+    for method in report["methods"].values():
+        assert method["reward"]["ci_low"] <= method["reward"]["mean"] <= method["reward"]["ci_high"]
+        assert "gap_closed" in method
+    for name in ("grpo_minus_sft", "grpo_minus_similarity", "grpo_minus_random"):
+        assert report["paired"][name].keys() >= {"mean", "ci_low", "ci_high"}
+    assert "changed_vs_sft" in report["methods"]["grpo"]
+    assert (output / "report.md").read_text().startswith("# ")
+    assert len(list(output.glob("**/*.png"))) >= 4
+
+
+def test_rewards_of_the_report_are_those_of_the_saved_selectors(finished, planted_files):
+    output, report = finished
+    data = load_task(make_recipe(planted_files))
+    for name in ("sft", "rce", "grpo"):
+        model = AutoModel.from_pretrained(output / name)
+        assert isinstance(model, PointerSelector)
+        picks = choose(model, data.heldout, data.collator)
+        rewards = [row["scores"][row["sequences"].index(pick)] for row, pick in zip(data.heldout, picks.tolist(), strict=True)]
+        assert report["methods"][name]["reward"]["mean"] == pytest.approx(np.mean(rewards))
+        assert load_results(output / "results.json")[name].picks.tolist() == [picks.tolist()]
+        assert torch.equal(torch.tensor(choose(AutoModel.from_pretrained(output / name), data.heldout, data.collator)), torch.tensor(picks))
+
+
+def test_an_earlier_run_is_not_mixed_with(finished, planted_files):
+    output, _ = finished
+    before = selector_bytes(output)
+    with pytest.raises(ValueError, match="holds an earlier run .checkpoints, sft, rce, grpo."):
+        run(make_recipe(planted_files), make_args(output))
+    assert selector_bytes(output) == before
+
+
+def test_a_finished_run_is_only_reported_again(finished, planted_files):
+    output, report = finished
+    again = run(make_recipe(planted_files), make_args(output, learning_rate=0.02, seed=3, resume_from_checkpoint="true"))
+    assert again == report
+
+
+def test_overwriting(planted_files, tmp_path):
+    for stale in ("warm_start", "rce", "grpo"):
+        (tmp_path / "out" / stale).mkdir(parents=True)
+        (tmp_path / "out" / stale / "config.json").write_text("{")
+    report = run(make_recipe(planted_files, overwrite=True), make_args(tmp_path / "out", grpo_epochs=0))
+    assert "rce" in report["methods"] and not {"grpo", "warm_start"} & report["methods"].keys()
+
+
+# ---- stages alone ----
+
+
+def test_rce_alone_then_grpo_from_it(finished, planted_files, tmp_path):
+    output, _ = finished
+    recipe = make_recipe(planted_files, sft_ckpt=str(output / "sft"))
+    report = run(recipe, make_args(tmp_path / "rce", grpo_epochs=0))
+    assert "grpo" not in report["methods"] and not (tmp_path / "rce" / "sft").exists()
+    warm = weights_of(PointerSelector.from_pretrained(tmp_path / "rce" / "rce"))
+
+    args = make_args(tmp_path / "grpo", rce_epochs=0, grpo_epochs=1)
+    report = run(replace(recipe, sft_ckpt=str(tmp_path / "rce" / "rce")), args)
+    assert "rce" not in report["methods"] and "grpo" in report["methods"]
+    start = weights_of(PointerSelector.from_pretrained(tmp_path / "grpo" / "checkpoints" / "grpo" / "checkpoint-0"))
+    assert_same_weights(start, warm)
+
+
+def test_supervised_stage_alone(planted_files, tmp_path):
+    args = SelectorSFTConfig(
+        output_dir=str(tmp_path / "out"), num_train_epochs=2, use_cpu=True, report_to="none", dataloader_pin_memory=False
+    )
+    report = run(make_recipe(planted_files), args)
+    assert list(report["methods"]) == ["zero_shot", "random", "similarity", "sft", "oracle"]
+    assert isinstance(AutoModel.from_pretrained(tmp_path / "out" / "sft"), PointerSelector)
+
+
+# ---- data of one's own ----
+
+
+def test_without_held_out_files_queries_are_set_aside(planted_files):
+    data = load_task(make_recipe(planted_files, validation_data=None, heldout_data=None), seed=1)
+    queries = [set(part["query_id"]) for part in (data.train, data.validation, data.heldout)]
+    assert sum(map(len, queries)) == len(set().union(*queries)) == 24
+    assert [len(q) for q in queries] == [15, 4, 5]
+    # completed from the singles: every pair, the scored ones as they were
+    assert {len(row["scores"]) for row in data.validation} == {20}
+    assert {len(s) for row in data.train for s in row["sequences"]} == {2}
+    assert len(data.notes) == 2 and all("estimated" in note for note in data.notes)
+
+
+def test_lever_lm_files_are_judged_by_the_expected_reward(planted_files, tmp_path):
+    """No singles: nothing can be estimated, so neither the best checkpoint nor the report looks at the greedy pick."""
+    recipe = make_recipe(
+        planted_files, beam_data=[planted_files["lever_lm"]], candidate_pools=planted_files["pools"],
+        validation_data=None, heldout_data=None,
+    )  # fmt: skip
+    report = run(recipe, make_args(tmp_path / "out", grpo_epochs=1))
+    assert report["methods"].keys() == {"random", "similarity", "sft", "rce", "grpo", "oracle"}
+    state = json.loads((tmp_path / "out" / "checkpoints" / "grpo" / "trainer_state.json").read_text())
+    rewards = [log["eval_expected_reward"] for log in state["log_history"] if "eval_loss" in log]
+    assert state["best_metric"] == max(rewards)
+    assert "expected reward" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_judged_rows_and_entities_leave_the_training_pools(planted_files, tmp_path):
+    recipe = make_recipe(planted_files, entities=planted_files["entities"], validation_data=None)
+    data = load_task(recipe)
+    judged = set(data.validation["query_id"]) | set(data.heldout["query_id"])
+    for row in data.train:
+        assert not judged & set(row["candidate_ids"])
+        assert all(i // 2 != row["query_id"] // 2 for i in row["candidate_ids"])
+    # the queries of one thing stand on one side
+    assert not {i // 2 for i in data.train["query_id"]} & {i // 2 for i in data.validation["query_id"]}
+
+
+def test_fewer_queries(planted_files):
+    data = load_task(make_recipe(planted_files, max_samples=7), seed=2)
+    assert len(data.train) == 7 and len(data.validation) == 4
+    other = load_task(make_recipe(planted_files, max_samples=7), seed=3)
+    assert set(data.train["query_id"]) != set(other.train["query_id"])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"embeddings": None}, "beam_data is given without embeddings"),
+        ({"num_shots": 4}, "expected at least one group with shots=4"),
+        ({"query_features": ["texts"]}, "texts"),
+        ({"model_preset": "v9"}, "preset='v9' is unknown"),
+    ],
+)
+def test_mistakes_are_named(planted_files, tmp_path, options, message):
+    with pytest.raises(Exception, match=message):
+        run(make_recipe(planted_files, **options), make_args(tmp_path / "out"))
+
+
+def test_similarity_needs_a_shared_feature(planted):
+    assert similarity_baseline(planted.collator) is not None
+    planted_apart = type(planted.collator)(planted.store, ["text"], ["text"])
+    assert choose(similarity_baseline(planted_apart), planted.validation, planted_apart).shape == (8, 2)
+
+
+# ---- dry run ----
+
+
+def tree(folder: Path) -> dict[str, float]:
+    return {str(path): path.stat().st_mtime for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("options, steps", [({}, (2, 2, 2)), ({"grpo_epochs": 0}, (2, 0, 0)), ({"rce_epochs": 0}, (0, 2, 2))])
+def test_dry_run_writes_nothing(planted_files, tmp_path, monkeypatch, caplog, options, steps):
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    assert run(make_recipe(planted_files, dry_run=True), make_args("out", **options)) is None
+    assert tree(tmp_path) == before
+    assert f"steps of RCE, early and late GRPO: {steps}" in caplog.text
+
+
+def test_dry_run_finds_mistakes(planted_files, tmp_path):
+    with pytest.raises(ValueError, match="needs the column 'absent'"):
+        run(make_recipe(planted_files, dry_run=True), make_args(tmp_path, reward="absent"))
+
+
+# ---- interruptions ----
+
+
+class Kill(TrainerCallback):
+    """Ends the process at once in a stage, at a step, before or after its checkpoint."""
+
+    stage, step, event = "", -1, ""
+
+    def _at(self, args, state, event):
+        if (Path(args.output_dir).name, state.global_step, event) == (Kill.stage, Kill.step, Kill.event):
+            os._exit(9)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._at(args, state, "step")
+
+    def on_save(self, args, state, control, **kwargs):
+        self._at(args, state, "save")
+
+
+class Slow(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        time.sleep(0.1)
+
+
+def run_in_child(files: dict[str, str], output: str, kill: tuple[str, int, str] | None, slow: bool) -> None:
+    import transformers.trainer
+
+    torch.set_num_threads(1)
+    if kill is not None:
+        Kill.stage, Kill.step, Kill.event = kill
+        transformers.trainer.DEFAULT_CALLBACKS.append(Kill)
+    if slow:
+        transformers.trainer.DEFAULT_CALLBACKS.append(Slow)
+    run(make_recipe(files), make_args(output, learning_rate=0.02, seed=3, resume_from_checkpoint="true"))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    # children of a server that has imported everything already, and that has no threads
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lever_grpo.pipeline", "planted"])
+    return context
+
+
+def start(processes, files, output, kill=None, slow=False):
+    child = processes.Process(target=run_in_child, args=(files, str(output), kill, slow))
+    child.start()
+    return child
+
+
+def test_killed_again_and_again_the_run_ends_the_same(finished, planted_files, tmp_path, processes):
+    """Through the supervised stage and all stages of post-training, in and between epochs, before and after saving."""
+    kills = [("sft", 2, "step"), ("sft", 3, "save"), ("grpo", 1, "step"), ("grpo", 3, "step"), ("grpo", 3, "save")]
+    kills += [("grpo", 5, "step"), ("grpo", 6, "save"), ("grpo", 8, "step"), ("grpo", 9, "save")]
+    output = tmp_path / "out"
+    for kill in kills:
+        child = start(processes, planted_files, output, kill)
+        child.join(120)
+        assert child.exitcode == 9, f"{kill} was not reached"
+        assert not (output / "grpo").exists()
+    child = start(processes, planted_files, output)
+    child.join(120)
+    assert child.exitcode == 0
+    undisturbed, report = finished
+    assert selector_bytes(output) == selector_bytes(undisturbed)
+    assert json.loads((output / "report.json").read_text())["methods"] == report["methods"]
+
+
+def test_kill_9_while_a_checkpoint_is_written(finished, planted_files, tmp_path, processes):
+    output = tmp_path / "out"
+    for name in ("sft/checkpoint-3", "grpo/checkpoint-0", "grpo/checkpoint-6"):
+        child = start(processes, planted_files, output, slow=True)
+        checkpoint = output / "checkpoints" / name
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and child.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join(30)
+        assert child.exitcode == -signal.SIGKILL and checkpoint.exists()
+    child = start(processes, planted_files, output)
+    child.join(120)
+    assert child.exitcode == 0
+    assert selector_bytes(output) == selector_bytes(finished[0])
