@@ -170,7 +170,8 @@ def parse(arguments: Sequence[str], config: type[TrainingConfig]) -> tuple[Recip
     for i, part in reversed(list(enumerate(parts))):
         if part == "--resume_from_checkpoint" and (i + 1 == len(parts) or parts[i + 1].startswith("--")):
             parts.insert(i + 1, "true")
-    recipe, args = TrlParser([RecipeArguments, config]).parse_args_and_config(parts, fail_with_unknown_args=True)
+    parser: Any = TrlParser([RecipeArguments, config])  # type: ignore[list-item]
+    recipe, args = parser.parse_args_and_config(parts, fail_with_unknown_args=True)
     resume = str(args.resume_from_checkpoint or "false").lower()
     if resume not in ("true", "false"):
         raise ValueError(
@@ -223,8 +224,11 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
         train, queries = divided["train"], set(divided["test"]["query_id"])
         held_back[split], note = _completed(paths["train"], queries, entities, shots, options)
         notes.append(f"{split}: {len(queries)} queries set aside from the training log; {note}")
-    # a selector remembers the candidates of its training pools: queries that it is judged on may not be among them
+    # a selector remembers the candidates of its training pools: neither the queries that it is judged on nor other rows
+    # about the same things may be among them
     unseen = {query for dataset in held_back.values() for query in dataset["query_id"]}
+    judged = {entities[query] for query in unseen if query in entities}
+    unseen |= {row for row, entity in entities.items() if entity in judged}
     train = drop_candidates(train, unseen, entities)
     if recipe.max_samples is not None and recipe.max_samples < len(train):
         train = train.shuffle(seed=seed).select(range(recipe.max_samples))
@@ -399,7 +403,7 @@ def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig) 
         with tempfile.TemporaryDirectory() as folder:
             _dry_run(recipe, args, Path(folder))
         return None
-    output = Path(args.output_dir)
+    output = Path(str(args.output_dir))
     state = PartialState()
     with state.main_process_first():
         if state.is_main_process:
@@ -420,7 +424,8 @@ def train(
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Runs the stages that have not been run yet; gives the folder of each selector, and the joined log."""
     checkpoints = output / "checkpoints"
-    selectors, history = {"sft": recipe.sft_ckpt or str(output / "sft")}, []
+    selectors = {"sft": recipe.sft_ckpt or str(output / "sft")}
+    history: list[dict[str, Any]] = []
     if recipe.sft_ckpt is None:
         history += start_with_sft(recipe, sft_config(recipe, args), data, output)
     last = "grpo" if args.grpo_epochs > 0 else "rce"

@@ -108,7 +108,7 @@ def drop_candidates(
             return row
         position = {old: new for new, old in enumerate(kept)}
         live = [all(i in position for i in sequence) for sequence in row["sequences"]]
-        cleaned = {
+        cleaned: dict[str, Any] = {
             name: [x for x, keep in zip(row[name], live, strict=True) if keep]
             for name in _PER_SEQUENCE
             if row.get(name) is not None and len(row[name]) == len(live)
@@ -121,5 +121,5 @@ def drop_candidates(
         cleaned["sequences"] = [[position[i] for i in sequence] for sequence in cleaned["sequences"]]
         return {**row, **cleaned, "candidate_ids": [row["candidate_ids"][i] for i in kept]}
 
-    cleaned = dataset.map(clean, load_from_cache_file=False)
-    return cleaned.select([i for i, sequences in enumerate(cleaned["sequences"]) if len(sequences)])
+    groups = dataset.map(clean, load_from_cache_file=False)
+    return groups.select([i for i, sequences in enumerate(groups["sequences"]) if len(sequences)])

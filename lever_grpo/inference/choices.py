@@ -67,7 +67,8 @@ def choose(
     for start in range(0, len(dataset), batch_size):
         batch = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
         inputs = {name: batch[name].to(selector.device) for name in _POOL_INPUTS}
-        picks.append(selector.select(**inputs, num_shots=num_shots).sequences[:, 0].cpu().numpy())
+        sequences: Any = selector.select(**inputs, num_shots=num_shots).sequences  # (B, 1, S)
+        picks.append(sequences[:, 0].cpu().numpy())
     return np.concatenate(picks)
 
 

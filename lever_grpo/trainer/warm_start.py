@@ -17,7 +17,7 @@ def fit_answer_agreement(
     entities: Tensor | None = None,
     steps: int = 400,
     batch_size: int = 256,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1e-3,
     weight_decay: float = 0.05,
     temperature: float = 0.1,
     averaging: float = 0.97,
@@ -27,8 +27,9 @@ def fit_answer_agreement(
     Fits the similarity prior of a selector, in place, so that rows pick rows with the same answer.
 
     Every demonstration comes with its answer, so every row of the candidate set can play a query whose right choices
-    are known without asking the frozen model: the other rows whose answers agree with its own. In a batch each row is a
-    query and the others are its candidates; with \\( r_{ij} = e^{(\cos(\text{answer}_i, \text{answer}_j) - 1) / T} \\),
+    are known without asking the frozen model: the other rows whose answers agree with its own. In a batch each row is
+    a query and the others are its candidates; with
+    \\( r_{ij} = e^{(\cos(\text{answer}_i, \text{answer}_j) - 1) / T} \\),
 
     $$ L = -\sum_t \log \Big( \sum_{j \ne i} \pi_t(j \mid i)\, r_{ij} + 10^{-3} \Big), $$
 
@@ -50,7 +51,7 @@ def fit_answer_agreement(
             Optimisation steps.
         batch_size (`int`, *optional*, defaults to `256`):
             Rows per step. Raising it gives each query more candidates.
-        learning_rate (`float`, *optional*, defaults to `2e-3`):
+        learning_rate (`float`, *optional*, defaults to `1e-3`):
             Peak learning rate of AdamW; 20 steps of warm-up, then a cosine.
         weight_decay (`float`, *optional*, defaults to `0.05`):
             Weight decay.

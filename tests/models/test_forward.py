@@ -399,3 +399,19 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
 def test_an_unknown_argument_is_refused():
     with pytest.raises(TypeError, match="'labels'"):
         make_selector()(**make_batch(), labels=torch.zeros(2))
+
+
+@torch.no_grad()
+def test_dropout_is_for_training_alone(variant):
+    selector, batch = make_selector(variant, dropout=0.5, prior_dropout=0.5), make_batch()
+    assert torch.equal(selector(**batch).log_probs, selector(**batch).log_probs)
+    selector.train()
+    assert not torch.equal(selector(**batch).log_probs, selector(**batch).log_probs)
+
+
+def test_the_relations_of_the_set_layers_teach_the_prior_nothing():
+    # the prior learns as the logit that it is, not as an input of the network that corrects it
+    selector, batch = make_selector("v3-prior-sets"), make_batch()
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    prior = selector.encode(batch["query_embeds"], batch["candidate_embeds"]).prior
+    assert prior.first.requires_grad and not selector._relations(prior, mask).requires_grad
