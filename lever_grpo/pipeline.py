@@ -224,8 +224,8 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
         train, queries = divided["train"], set(divided["test"]["query_id"])
         held_back[split], note = _completed(paths["train"], queries, entities, shots, options)
         notes.append(f"{split}: {len(queries)} queries set aside from the training log; {note}")
-    # a selector remembers the candidates of its training pools: neither the queries that it is judged on nor other rows
-    # about the same things may be among them
+    # a selector remembers the candidates of its training pools: neither the queries that it is judged on nor other
+    # rows about the same things may be among them
     unseen = {query for dataset in held_back.values() for query in dataset["query_id"]}
     judged = {entities[query] for query in unseen if query in entities}
     unseen |= {row for row, entity in entities.items() if entity in judged}
@@ -297,6 +297,12 @@ def untrained(recipe: RecipeArguments, data: TaskData, seed: int, output: Path |
     selector = build_selector(recipe, data.collator)
     if not recipe.warm_start_steps:
         return selector
+    if recipe.answer_feature not in data.collator.store.names:
+        raise ValueError(
+            f"warm_start_steps={recipe.warm_start_steps} needs embeddings of the answers, and the store has no "
+            f"feature {recipe.answer_feature!r} (it has {', '.join(data.collator.store.names)}): name it with "
+            "answer_feature, or set warm_start_steps to 0."
+        )
     # rows that are judged on stay out: only candidates of the training pools, and training queries
     ids = np.array(sorted({i for row in data.train for i in (row["query_id"], *row["candidate_ids"])}))
     store, collator = data.collator.store, data.collator
@@ -348,6 +354,7 @@ def sft_config(recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> SelectorSF
         warmup_steps=args.warmup_ratio,
         num_beams=recipe.sft_num_beams,
         max_steps=-1,
+        disable_dropout=False,  # the run switches it off for the ratios of GRPO, which this stage has none of
         push_to_hub=False,
     )
     return SelectorSFTConfig(**options)
@@ -368,7 +375,9 @@ def post_train(
     """Runs RCE and GRPO; checkpoints go to `folder`."""
     options = copy.copy(args)
     options.output_dir = str(folder)
-    options.hub_model_id = args.hub_model_id or Path(args.output_dir).name  # not the name of the checkpoints' folder
+    options.hub_model_id = (
+        args.hub_model_id or Path(str(args.output_dir)).name
+    )  # not the name of the checkpoints' folder
     trainer = GroupBeamGRPOTrainer(selector, options, data.collator, data.train, data.validation)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume_from_checkpoint else None)
     return trainer

@@ -1,4 +1,4 @@
-"""Small beam logs with a planted signal: what a sequence is worth follows from a hidden direction of the embeddings."""
+"""Small beam logs with a planted signal: a sequence is worth what a hidden direction of the embeddings says."""
 
 import json
 from itertools import permutations
@@ -45,7 +45,12 @@ def score_of(embeddings: np.ndarray, ids: list[int]) -> float:
 
 
 def planted_rows(
-    embeddings: np.ndarray, queries: list[int], group: int | None = None, shots: int = 2, pool: int = POOL, seed: int = 0
+    embeddings: np.ndarray,
+    queries: list[int],
+    group: int | None = None,
+    shots: int = 2,
+    pool: int = POOL,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Groups of the queries: every sequence of the pool, or `group` of them drawn at random."""
     rng = np.random.default_rng(seed)
@@ -110,6 +115,7 @@ def make_args(folder: Any, **options: Any) -> GroupBeamGRPOConfig:
         "use_cpu": True,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        "disable_dropout": False,  # the selectors here have none, unless a test asks for it
     }
     return GroupBeamGRPOConfig(**{**defaults, **options})
 

@@ -57,6 +57,11 @@ def split_by_query(
         shuffled = np.array([query for group in groups.values() for query in group])
         ends = np.cumsum([len(group) for group in groups.values()])
         count = int(ends[np.searchsorted(ends, count)])
+        if count == len(queries):
+            raise ValueError(
+                f"test_size={test_size!r} takes all {len(queries)} queries, as those about one thing stay together; "
+                "make it smaller, or leave the entities out"
+            )
     chosen = shuffled[:count]
     is_test = np.isin(ids, chosen)
     return DatasetDict(

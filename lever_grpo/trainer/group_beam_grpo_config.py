@@ -108,7 +108,8 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
             Whether to compute the reference's log-probabilities once, as a column of the data set. Only for the
             estimators at a fixed policy temperature; the exact KL needs whole distributions, computed per batch.
 
-    The other arguments are those of [`SelectorTrainingArguments`].
+    The other arguments are those of [`SelectorTrainingArguments`]; `disable_dropout` defaults to `True` here, as in DPO:
+    `False` regularises small data; policy and old policy then share their dropout masks.
 
     Example:
 
@@ -124,6 +125,9 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
 
     num_train_epochs: float = field(
         default=0.0, metadata={"help": "Leave it out: it is rce_epochs + grpo_epochs, and nothing else is accepted."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Whether to switch off all dropout, so that ratios hold no noise."}
     )
     rce_epochs: float = field(default=1.0, metadata={"help": "Epochs of the RCE warm-up; 0 skips it."})
     grpo_epochs: float = field(default=3.0, metadata={"help": "Epochs of GRPO; 0 ends after RCE."})

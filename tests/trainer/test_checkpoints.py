@@ -72,7 +72,9 @@ def test_resuming_anywhere_gives_the_same(planted, tmp_path, stop):
     def trainer(folder, **options):
         model = make_selector(dropout=0.2, similarity_prior=True, num_set_layers=1)
         options |= {"adaptive_beta": True, "adaptive_temperature": True, "kl_high": 0.02, "logging_steps": 2}
-        return make_trainer(folder, planted, model, gradient_accumulation_steps=2, per_device_train_batch_size=4, **options)
+        return make_trainer(
+            folder, planted, model, gradient_accumulation_steps=2, per_device_train_batch_size=4, **options
+        )
 
     whole = trainer(tmp_path / "run", **STEPS)
     whole.train()
@@ -92,7 +94,9 @@ def test_resuming_anywhere_gives_the_same(planted, tmp_path, stop):
     assert (tmp_path / "run" / "rce").exists() == (stop <= 3)
 
     def comparable(log):
-        return {name: x for name, x in log.items() if not name.endswith(("runtime", "per_second", "train_loss", "flos"))}
+        return {
+            name: x for name, x in log.items() if not name.endswith(("runtime", "per_second", "train_loss", "flos"))
+        }
 
     assert [comparable(log) for log in again.state.log_history] == [comparable(log) for log in whole.state.log_history]
 

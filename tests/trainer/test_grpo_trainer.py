@@ -80,7 +80,12 @@ def test_frozen_policies_do_not_move(planted, tmp_path):
 def test_ratio_is_one_just_after_a_refresh(planted, tmp_path, refresh, fresh, dropout):
     # dropout too: π_old drops what the policy drops, so that the ratio shows learning and not noise
     model = make_selector(dropout=dropout, prior_dropout=dropout, similarity_prior=True)
-    options = {"old_policy_refresh": refresh, "old_policy_refresh_steps": 2, "grpo_epochs": 3, "rce_learning_rate": 0.01}
+    options = {
+        "old_policy_refresh": refresh,
+        "old_policy_refresh_steps": 2,
+        "grpo_epochs": 3,
+        "rce_learning_rate": 0.01,
+    }
     trainer = make_trainer(tmp_path, planted, model, **options, **QUIET)
     trainer.train()
     ratios = {log["step"]: log["ratio_mean"] for log in train_logs(trainer) if "ratio_mean" in log}
@@ -106,7 +111,9 @@ def test_without_dropout_losses_repeat(planted, tmp_path):
 
 
 def test_dropout_is_shared_with_the_old_policy_only_while_training(planted, tmp_path):
-    trainer = in_stage(make_trainer(tmp_path, planted, make_selector(dropout=0.5), beta=0.0), "grpo_late")
+    trainer = in_stage(
+        make_trainer(tmp_path, planted, make_selector(dropout=0.5), beta=0.0, disable_dropout=False), "grpo_late"
+    )
     batch = batch_of(planted, planted.rows[:4])
     rewards = trainer.group_rewards(batch)
     for training in (True, False):
@@ -246,7 +253,11 @@ def test_learning_rates_of_the_stages(planted, tmp_path):
 
 @pytest.mark.parametrize(
     "options, stages",
-    [({"rce_epochs": 0}, [1, 1, 1, 2, 2, 2]), ({"grpo_epochs": 0}, [0, 0, 0]), ({"curriculum_epochs": 0}, [0] * 3 + [2] * 6)],
+    [
+        ({"rce_epochs": 0}, [1, 1, 1, 2, 2, 2]),
+        ({"grpo_epochs": 0}, [0, 0, 0]),
+        ({"curriculum_epochs": 0}, [0] * 3 + [2] * 6),
+    ],
 )
 def test_stages_can_be_left_out(planted, tmp_path, options, stages):
     trainer = make_trainer(tmp_path, planted, **options)
@@ -515,14 +526,18 @@ def test_adapters_only(planted, tmp_path):
     trainer.train()
     adapters = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert adapters and all("lora_" in name for name in adapters)
-    frozen = {name.replace(".base_layer", ""): value for name, value in trainer.model.base_model.model.state_dict().items()}
+    frozen = {
+        name.replace(".base_layer", ""): value for name, value in trainer.model.base_model.model.state_dict().items()
+    }
     assert_same_weights({name: frozen[name] for name in before}, before)
     assert trainer.state.best_global_step > 0 and eval_logs(trainer)[-1]["eval_kl"] > 0
 
     trainer.save_model(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     batch = batch_of(planted, planted.rows[:4])
-    inputs = {name: batch[name] for name in ("query_embeds", "candidate_embeds", "candidate_indices", "candidate_mask")}
+    inputs = {
+        name: batch[name] for name in ("query_embeds", "candidate_embeds", "candidate_indices", "candidate_mask")
+    }
     picks = trainer.model.eval().select(**inputs)
     merged = PeftModel.from_pretrained(make_selector(), tmp_path / "adapter").merge_and_unload()
     assert torch.equal(merged.eval().select(**inputs).sequences, picks.sequences)
@@ -537,7 +552,9 @@ def test_saved_selector_comes_back(planted, tmp_path):
     assert isinstance(model, PointerSelector)
     assert_same_weights(weights_of(model), weights_of(trainer.model))
     # a folder is accepted where a model is
-    again = GroupBeamGRPOTrainer(str(tmp_path / "saved"), make_args(tmp_path), planted.collator, planted.train, planted.validation)
+    again = GroupBeamGRPOTrainer(
+        str(tmp_path / "saved"), make_args(tmp_path), planted.collator, planted.train, planted.validation
+    )
     assert_same_weights(weights_of(again.reference), weights_of(model))
 
 

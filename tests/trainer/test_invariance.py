@@ -77,8 +77,16 @@ def test_accumulation_changes_nothing(planted, tmp_path, scale):
     runs = {}
     for size, steps in ((4, 1), (1, 4), (2, 2)):
         trainer = make_trainer(
-            tmp_path, planted, train=to_dataset(rows), scale_rewards=scale, per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps, learning_rate=0.05, rce_learning_rate=0.05, optim="sgd", **QUIET,
+            tmp_path,
+            planted,
+            train=to_dataset(rows),
+            scale_rewards=scale,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            learning_rate=0.05,
+            rce_learning_rate=0.05,
+            optim="sgd",
+            **QUIET,
         )  # fmt: skip (and Adam would turn the rounding of zero gradients, such as those of key biases, into steps)
         trainer.train()
         runs[size] = (weights_of(trainer.model), [log for log in trainer.state.log_history if "learning_rate" in log])
@@ -117,7 +125,9 @@ def test_two_processes_equal_one(tmp_path):
     assert len(one["log"]) == len(two["log"]) == 14  # 9 steps, 4 evaluations, the end
     for a, b in zip(one["log"][:-1], two["log"][:-1], strict=True):
         names = {name for name in a if not name.endswith(("runtime", "per_second"))}
-        assert {name: b[name] for name in names} == pytest.approx({name: a[name] for name in names}, rel=1e-4, abs=1e-5)
+        assert {name: b[name] for name in names} == pytest.approx(
+            {name: a[name] for name in names}, rel=1e-4, abs=1e-5
+        )
     for name, value in one["weights"].items():
         torch.testing.assert_close(torch.tensor(two["weights"][name]), torch.tensor(value), rtol=0, atol=1e-5)
 

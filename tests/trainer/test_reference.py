@@ -28,7 +28,12 @@ def test_column_holds_the_live_values(planted, tmp_path):
 def test_training_is_the_same_and_runs_no_reference(planted, tmp_path, estimator):
     runs = {}
     for precompute in (False, True):
-        options = {**ESTIMATED, "kl_estimator": estimator, "precompute_ref_log_probs": precompute, "learning_rate": 1e-3}
+        options = {
+            **ESTIMATED,
+            "kl_estimator": estimator,
+            "precompute_ref_log_probs": precompute,
+            "learning_rate": 1e-3,
+        }
         trainer = make_trainer(tmp_path, planted, **options, **QUIET)
         forwards = []
         trainer.reference.register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
@@ -58,7 +63,9 @@ def test_a_column_of_another_reference_is_replaced(planted, tmp_path):
 def test_resuming_from_another_start_is_refused(planted, tmp_path):
     options = {"precompute_ref_log_probs": True, **ESTIMATED}
     make_trainer(tmp_path, planted, make_selector(1), **options).train()
-    make_trainer(tmp_path, planted, make_selector(1), **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    make_trainer(tmp_path, planted, make_selector(1), **options).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+    )
     with pytest.raises(ValueError, match="another start"):
         trainer = make_trainer(tmp_path, planted, make_selector(2), **options)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

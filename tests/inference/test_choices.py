@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+from planted import TRAIN, VALIDATION, make_selector, planted_rows, to_dataset
+
+from lever_grpo.inference import choose, evaluate_selectors
+
+
+@pytest.fixture
+def heldout(planted):
+    return to_dataset(planted_rows(planted.embeddings, list(range(TRAIN, TRAIN + VALIDATION)), seed=4))
+
+
+def by_name(results) -> dict:
+    return {result.name: result for result in results}
+
+
+def test_choices_do_not_depend_on_the_batch(planted, heldout):
+    selector = make_selector(dropout=0.5).train()
+    picks = choose(selector, heldout, planted.collator)
+    assert picks.shape == (8, 2) and not selector.training  # no dropout while choosing
+    assert choose(selector, heldout, planted.collator, batch_size=3).tolist() == picks.tolist()
+    assert choose(selector, heldout, planted.collator, num_shots=3)[:, :2].tolist() == picks.tolist()
+
+
+def test_untrained_prior_chooses_the_most_similar(planted, heldout):
+    picks = choose(make_selector(similarity_prior=True), heldout, planted.collator)
+    for row, pick in zip(heldout, picks.tolist(), strict=True):
+        cosine = planted.embeddings[row["candidate_ids"]] @ planted.embeddings[row["query_id"]]
+        assert pick == np.argsort(-cosine)[:2].tolist()
+
+
+def test_results_on_fully_scored_queries(planted, heldout):
+    selectors = {"similarity": make_selector(similarity_prior=True), "grpo": make_selector(1)}
+    results = by_name(evaluate_selectors(selectors, heldout, planted.collator))
+    assert list(results) == ["zero_shot", "random", "similarity", "grpo", "oracle"]
+    scores = np.array(heldout["scores"][:])
+    assert results["zero_shot"].rewards.tolist() == [[-3.5] * 8]
+    np.testing.assert_allclose(results["random"].rewards[0], scores.mean(axis=1))
+    np.testing.assert_allclose(results["oracle"].rewards[0], scores.max(axis=1))
+    correct = np.array([columns["correct"] for columns in heldout["columns"]])
+    np.testing.assert_allclose(results["random"].correct[0], correct.mean(axis=1))
+    np.testing.assert_allclose(results["oracle"].correct[0], correct[range(8), scores.argmax(axis=1)])
+    picks = choose(selectors["grpo"], heldout, planted.collator)
+    for q, (row, pick) in enumerate(zip(heldout, picks.tolist(), strict=True)):
+        i = row["sequences"].index(pick)
+        assert results["grpo"].rewards[0, q] == row["scores"][i]
+        assert results["grpo"].correct[0, q] == row["columns"]["correct"][i]
+    assert (results["oracle"].rewards >= results["grpo"].rewards).all()
+
+
+def test_results_on_partly_scored_queries_are_expectations(planted):
+    log = planted.train.select(range(5))
+    selector = make_selector(1)
+    results = by_name(evaluate_selectors({"grpo": selector}, log, planted.collator))
+    for q, row in enumerate(log):
+        with torch.no_grad():
+            log_probs = selector(
+                query_embeds=torch.from_numpy(planted.embeddings[[row["query_id"]]]),
+                candidate_embeds=torch.from_numpy(planted.embeddings[row["candidate_ids"]])[None],
+                sequences=torch.tensor([row["sequences"]]),
+            ).log_probs.sum(-1)[0]
+        expected = (log_probs.double().softmax(-1).numpy() * row["scores"]).sum()
+        assert results["grpo"].rewards[0, q] == pytest.approx(expected, rel=1e-5)
+    assert results["grpo"].picks is None and results["grpo"].percentiles is None
+
+
+def test_zero_shot_is_left_out_where_it_is_unknown(planted, heldout):
+    rows = list(heldout)
+    rows[3] = {**rows[3], "zero_shot": None}
+    results = by_name(evaluate_selectors({}, to_dataset(rows), planted.collator))
+    assert list(results) == ["random", "oracle"]

@@ -1,0 +1,92 @@
+"""The scripts of recipes/ and their YAML files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lever_grpo import GroupBeamGRPOConfig, SelectorSFTConfig
+from lever_grpo.pipeline import parse
+
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+CONFIGS = {"okvqa_v3": GroupBeamGRPOConfig, "sft_v2": SelectorSFTConfig}
+
+
+def test_every_yaml_has_its_recipe():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == set(CONFIGS)
+    assert all((RECIPES / f"{name}.py").exists() for name in CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("spelling", ["two", "one"])
+def test_yaml_parses(name, spelling):
+    path = str(RECIPES / f"{name}.yaml")
+    recipe, args = parse(["--config", path] if spelling == "two" else [f"--config={path}"], CONFIGS[name])
+    assert type(args) is CONFIGS[name]
+    values = yaml.safe_load(Path(path).read_text())
+    for key, value in values.items():
+        found = getattr(recipe, key) if hasattr(recipe, key) else getattr(args, key)
+        assert found == value or key == "report_to" and found == []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_unknown_keys_are_errors(name, tmp_path, capsys):
+    path = tmp_path / "typo.yaml"
+    path.write_text((RECIPES / f"{name}.yaml").read_text() + "\nlerning_rate: 1.0e-3\n")
+    with pytest.raises(ValueError, match="lerning_rate"):
+        parse(["--config", str(path)], CONFIGS[name])
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        parse(["--output_dir", str(tmp_path), "--lerning_rate", "1e-3"], CONFIGS[name])
+    assert "lerning_rate" in str(caught.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_command_line_wins(name):
+    config = ["--config", str(RECIPES / f"{name}.yaml")]
+    recipe, args = parse([*config, "--hidden_dim", "8", "--learning_rate", "0.5", "--dry_run"], CONFIGS[name])
+    assert (recipe.hidden_dim, args.learning_rate, recipe.dry_run) == (8, 0.5, True)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ([], None),
+        (["--resume_from_checkpoint"], "true"),
+        (["--resume_from_checkpoint", "--seed", "1"], "true"),
+        (["--resume_from_checkpoint", "True"], "true"),
+        (["--resume_from_checkpoint", "false"], None),
+    ],
+)
+def test_resuming_is_a_switch(tmp_path, flags, expected):
+    _, args = parse(["--output_dir", str(tmp_path), "--use_cpu", *flags], GroupBeamGRPOConfig)
+    assert args.resume_from_checkpoint == expected
+
+
+def test_resuming_from_a_named_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be true or false"):
+        parse(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "checkpoint-3"], GroupBeamGRPOConfig)
+
+
+def test_typos_in_choices_of_a_yaml_are_errors(tmp_path):
+    path = tmp_path / "typo.yaml"
+    path.write_text("loss_type: gpro\noutput_dir: x\n")
+    with pytest.raises(ValueError, match="loss_type='gpro'"):
+        parse(["--config", str(path)], GroupBeamGRPOConfig)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_steps_of_each_stage(name, planted_files, tmp_path):
+    command = [sys.executable, str(RECIPES / f"{name}.py"), f"--config={RECIPES / name}.yaml", "--dry_run"]
+    own = ["--beam_data", planted_files["train"], "--embeddings", planted_files["embeddings"]]
+    own += ["--validation_data", planted_files["validation"], "--hidden_dim", "8", "--use_cpu"]
+    own += ["--answer_feature", "text"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *own], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "dry run: all is well" in done.stderr
+    assert ("(2, 2, 2)" in done.stderr) == (name == "okvqa_v3")
+    assert not list(tmp_path.iterdir())
