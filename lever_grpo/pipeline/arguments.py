@@ -1,0 +1,118 @@
+"""What a recipe is told: its own arguments and a trainer's, from YAML and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from trl import TrlParser
+
+from ..models import PRESETS
+from ..trainer import SelectorTrainingArguments
+
+
+TrainingConfig = TypeVar("TrainingConfig", bound=SelectorTrainingArguments)
+
+
+@dataclass
+class RecipeArguments:
+    r"""
+    What a recipe needs beside the trainer's arguments.
+
+    Args:
+        task (`str`, *optional*, defaults to `"emoji"`):
+            Task of the packaged sample, used when `beam_data` is not given.
+        beam_data (`list[str]`, *optional*):
+            Beam log(s) of the training queries, in any format of [`load_beams`].
+        embeddings (`str`, *optional*):
+            Embeddings of all rows: a `.safetensors` or `.npy` file, or a folder of them. Needed with `beam_data`.
+        candidate_pools (`str`, *optional*):
+            Side file with the pools, for logs that do not hold them.
+        validation_data, heldout_data (`str`, *optional*):
+            Beam logs of other queries: to choose checkpoints on, and to report on. Without them, shares of the
+            training queries are set aside.
+        entities (`str`, *optional*):
+            JSON file `{"row id": "what the row is about"}` (an image, a person): splits keep rows about the same thing
+            together, and no query's pool holds another row about its own thing.
+        validation_size, heldout_size (`float`, *optional*, defaults to `0.2`):
+            Those shares.
+        query_features, candidate_features (`list[str]`, *optional*):
+            Embeddings that each side sees. Default: those of the sample, or all of the store on both sides.
+        num_shots (`int`, *optional*, defaults to `2`):
+            Length of the sequences that are learned and chosen.
+        max_group_size (`int`, *optional*):
+            Sequences kept per group: all survivors, and others evenly spaced by score. `None` keeps everything.
+        max_samples (`int`, *optional*):
+            Number of training queries to use, drawn with the seed.
+        sft_ckpt (`str`, *optional*):
+            Selector to start from (folder or Hub id). Without it, the supervised stage is run first.
+        warm_start_steps (`int`, *optional*, defaults to `0`):
+            Steps of [`fit_answer_agreement`] before the supervised stage; kept where validation says that it helps.
+        answer_feature (`str`, *optional*, defaults to `"answer"`):
+            The embedding of the answers that it needs.
+        sft_epochs, sft_learning_rate, sft_num_beams:
+            The supervised stage: its epochs, peak learning rate, and the best beams that it imitates.
+        model_preset (`str`, *optional*, defaults to `"v3"`):
+            Version of the selector, and below it the options of [`PointerSelectorConfig`] that recipes set.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Check everything, run two steps of each stage, write nothing.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether an earlier run in `output_dir` may be deleted.
+    """
+
+    task: str = field(default="emoji", metadata={"help": "Task of the packaged sample, without --beam_data."})
+    beam_data: list[str] | None = field(default=None, metadata={"help": "Beam log(s) of the training queries."})
+    embeddings: str | None = field(default=None, metadata={"help": "Embeddings of all rows: a file or a folder."})
+    candidate_pools: str | None = field(default=None, metadata={"help": "Side file with the candidate pools."})
+    validation_data: str | None = field(default=None, metadata={"help": "Beam log to choose checkpoints on."})
+    heldout_data: str | None = field(default=None, metadata={"help": "Beam log to report on."})
+    entities: str | None = field(default=None, metadata={"help": "JSON file: row id -> what the row is about."})
+    validation_size: float = field(default=0.2, metadata={"help": "Share of training queries, without such a log."})
+    heldout_size: float = field(default=0.2, metadata={"help": "Share of training queries, without such a log."})
+    query_features: list[str] | None = field(default=None, metadata={"help": "Embeddings of the query side."})
+    candidate_features: list[str] | None = field(default=None, metadata={"help": "Embeddings of the candidates."})
+    num_shots: int = field(default=2, metadata={"help": "Length of the sequences."})
+    max_group_size: int | None = field(default=None, metadata={"help": "Sequences kept per group; default all."})
+    max_samples: int | None = field(default=None, metadata={"help": "Training queries to use; default all."})
+    sft_ckpt: str | None = field(default=None, metadata={"help": "Selector to start from: a folder or a Hub id."})
+    warm_start_steps: int = field(
+        default=0, metadata={"help": "Steps of the warm start on the agreement of answers; 0 leaves it out."}
+    )
+    answer_feature: str = field(default="answer", metadata={"help": "Embedding of the answers, for the warm start."})
+    sft_epochs: float = field(default=5.0, metadata={"help": "Epochs of the supervised stage."})
+    sft_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the supervised stage."})
+    sft_num_beams: int = field(default=5, metadata={"help": "Best beams that the supervised stage imitates."})
+    model_preset: str = field(default="v3", metadata={"help": f"One of {', '.join(PRESETS)}."})
+    encoder: str | None = field(default=None, metadata={"help": "Encoder, if not the preset's; 'none': prior alone."})
+    hidden_dim: int = field(default=64, metadata={"help": "Width of the network."})
+    num_set_layers: int = field(default=0, metadata={"help": "Self-attention layers among the candidates."})
+    similarity_prior: bool = field(default=True, metadata={"help": "Whether to start exactly at similarity."})
+    prior_rank: int = field(default=32, metadata={"help": "Rank of the learned change of the metric."})
+    dropout: float = field(default=0.3, metadata={"help": "Dropout of the network and of the prior."})
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, run two steps a stage, write nothing."})
+    overwrite: bool = field(default=False, metadata={"help": "Whether to delete an earlier run in output_dir."})
+
+
+def parse(arguments: Sequence[str], config: type[TrainingConfig]) -> tuple[RecipeArguments, TrainingConfig]:
+    """
+    A recipe's arguments: those of `--config FILE` (YAML), and on top of them those of the command line.
+
+    Raises:
+        ValueError: for a key that no argument has.
+    """
+    # the parser knows `--config FILE` but not `--config=FILE`, and `--resume_from_checkpoint` with a value only
+    parts = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    for i, part in reversed(list(enumerate(parts))):
+        if part == "--resume_from_checkpoint" and (i + 1 == len(parts) or parts[i + 1].startswith("--")):
+            parts.insert(i + 1, "true")
+    parser: Any = TrlParser([RecipeArguments, config])  # type: ignore[list-item]
+    recipe, args = parser.parse_args_and_config(parts, fail_with_unknown_args=True)
+    resume = str(args.resume_from_checkpoint or "false").lower()
+    if resume not in ("true", "false"):
+        raise ValueError(
+            f"resume_from_checkpoint={args.resume_from_checkpoint!r}: must be true or false; a run that is continued "
+            "finds the last whole checkpoint of its output_dir itself."
+        )
+    args.resume_from_checkpoint = "true" if resume == "true" else None
+    return recipe, args

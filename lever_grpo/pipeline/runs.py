@@ -1,0 +1,183 @@
+"""Whole runs, as the recipes start them, and what they report."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainerState, TrainingArguments
+
+from ..data import DataCollatorForBeams
+from ..inference import evaluate_selectors
+from ..models import PointerSelector, PointerSelectorConfig
+from ..report import MethodResult, build_report, print_report, save_results, write_report
+from ..trainer import GroupBeamGRPOConfig, SelectorSFTConfig, SelectorTrainingArguments
+from .arguments import RecipeArguments
+from .stages import post_train, sft_config, start_with_sft, train, train_sft, untrained
+from .task_data import TaskData, load_task
+
+
+logger = logging.getLogger(__name__)
+RUN_FOLDERS = ("checkpoints", "warm_start", "sft", "rce", "grpo")
+
+
+def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig) -> dict[str, Any] | None:
+    """
+    SFT (unless `sft_ckpt` is given), RCE, GRPO, report; with a [`SelectorSFTConfig`], SFT and its report alone.
+
+    The output folder holds the selectors `sft/`, `rce/` and `grpo/`, the trainers' checkpoints in `checkpoints/`, and
+    `report.json`, `report.md`, `results.json` and the figures.
+
+    Args:
+        recipe ([`RecipeArguments`]):
+            Data, model and supervised stage.
+        args ([`GroupBeamGRPOConfig`] or [`SelectorSFTConfig`]):
+            Post-training, or the supervised stage.
+
+    Returns:
+        `dict`: the report, on the main process; `None` on the others and after a dry run.
+    """
+    if recipe.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            _dry_run(recipe, args, Path(folder))
+        return None
+    output = Path(str(args.output_dir))
+    state = PartialState()
+    with state.main_process_first():
+        if state.is_main_process:
+            _prepare_output(output, recipe, args)
+        data = load_task(recipe, args.seed)
+    if isinstance(args, SelectorSFTConfig):
+        history = start_with_sft(recipe, args, data, output)
+        selectors = {"sft": str(output / "sft")}
+    else:
+        selectors, history = train(recipe, args, data, output)
+    if not state.is_main_process:
+        return None
+    return report(recipe, args, data, selectors, history, output)
+
+
+def judge(data: TaskData, selectors: dict[str, str]) -> list[MethodResult]:
+    """What every method chose on the held-out queries, the baselines included."""
+    policies = {name: PointerSelector.from_pretrained(folder) for name, folder in selectors.items()}
+    similarity = similarity_baseline(data.collator)
+    if similarity is not None:
+        policies = {"similarity": similarity, **policies}
+    return evaluate_selectors(policies, data.heldout, data.collator, data.num_shots)
+
+
+def similarity_baseline(collator: DataCollatorForBeams) -> PointerSelector | None:
+    """The selector that picks by cosine over the features both sides share; `None` where they share none."""
+    if not collator.query_widths.keys() & collator.candidate_widths.keys():
+        return None
+    return PointerSelector(
+        PointerSelectorConfig(
+            query_features=collator.query_widths,
+            candidate_features=collator.candidate_widths,
+            similarity_prior=True,
+            prior_rank=0,
+            hidden_dim=4,
+        )
+    )
+
+
+def report(
+    recipe: RecipeArguments,
+    args: SelectorTrainingArguments,
+    data: TaskData,
+    selectors: dict[str, str],
+    history: Sequence[dict[str, Any]],
+    output: Path,
+) -> dict[str, Any]:
+    """Judges the selectors on the held-out queries; writes and prints the report."""
+    results = judge(data, selectors)
+    summary = build_report(
+        results,
+        log_history=history,
+        settings={"task": data.name, "queries": len(data.train), "seed": args.seed, **_settings(recipe, args)},
+        sections={"Notes": "\n".join(data.notes)} if data.notes else None,
+        title=f"{data.name}: what post-training gained",
+        reward_name="score",
+        kl_band=(args.kl_low, args.kl_high) if isinstance(args, GroupBeamGRPOConfig) else None,
+        best_step=_best_step(output),
+    )
+    save_results(results, output / "results.json")
+    write_report(summary, output)
+    print_report(summary)
+    return summary
+
+
+def _best_step(output: Path) -> int | None:
+    path = output / "checkpoints" / "grpo" / "trainer_state.json"
+    return TrainerState.load_from_json(str(path)).best_global_step if path.exists() else None
+
+
+def _settings(recipe: RecipeArguments, args: SelectorTrainingArguments) -> dict[str, Any]:
+    """What a reader wants to know of the run: the recipe, and the trainer's arguments that are this package's own."""
+    own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)}
+    shared = ("learning_rate", "weight_decay", "per_device_train_batch_size", "num_train_epochs")
+    values = {
+        f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("task", "dry_run", "overwrite")
+    }
+    values.update({name: getattr(args, name) for name in (*shared, *sorted(own))})
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _prepare_output(output: Path, recipe: RecipeArguments, args: SelectorTrainingArguments) -> None:
+    """Refuses to mix two runs in one folder."""
+    earlier = [output / name for name in RUN_FOLDERS if (output / name).exists()]
+    if not earlier or args.resume_from_checkpoint:
+        return
+    if not recipe.overwrite:
+        raise ValueError(
+            f"output_dir={str(output)!r} holds an earlier run ({', '.join(path.name for path in earlier)}); continue "
+            "it with --resume_from_checkpoint true, delete it with --overwrite true, or name another folder."
+        )
+    for path in earlier:
+        shutil.rmtree(path)
+
+
+def _dry_run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig, folder: Path) -> None:
+    """Two steps of every stage that the run has, in a folder that is deleted."""
+    data = load_task(recipe, args.seed)
+    quiet = copy.copy(args)
+    quiet.eval_strategy = quiet.save_strategy = "no"
+    quiet.load_best_model_at_end = quiet.eval_on_start = quiet.push_to_hub = False
+    quiet.resume_from_checkpoint = None
+    quiet.report_to = []
+    selector: str | PointerSelector | None = recipe.sft_ckpt
+    if selector is None:
+        supervised = quiet if isinstance(quiet, SelectorSFTConfig) else sft_config(recipe, quiet)
+        supervised.max_steps = 2
+        short = replace(recipe, warm_start_steps=min(2, recipe.warm_start_steps))
+        selector = train_sft(supervised, data, untrained(short, data, args.seed), folder / "sft").model
+    stages = "SFT"
+    if isinstance(quiet, GroupBeamGRPOConfig):
+        trainer = post_train(_two_steps_a_stage(quiet), data, selector, folder / "grpo")
+        trainer.evaluate()
+        stages = f"RCE, early and late GRPO: {trainer.stage_plan.steps}"
+    sizes = [len(part) for part in (data.train, data.validation, data.heldout)]
+    logger.warning(
+        "dry run: all is well with %d training, %d validation and %d held-out queries; steps of %s. Nothing was "
+        "written.",
+        *sizes,
+        stages,
+    )
+
+
+def _two_steps_a_stage(args: GroupBeamGRPOConfig) -> GroupBeamGRPOConfig:
+    """The stages of a run, two steps each."""
+    short = copy.copy(args)
+    short.rce_epochs = float(args.rce_epochs > 0)
+    short.curriculum_epochs = float(args.grpo_epochs > 0 and args.curriculum_epochs > 0)
+    short.grpo_epochs = short.curriculum_epochs + float(args.grpo_epochs > args.curriculum_epochs)
+    short.num_train_epochs = short.rce_epochs + short.grpo_epochs
+    short.max_steps = int(2 * short.num_train_epochs)
+    return short

@@ -1,0 +1,182 @@
+"""The stages of a run, each from what the one before it left."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import TrainerState, set_seed
+
+from ..data import DataCollatorForBeams
+from ..inference import evaluate_selectors
+from ..models import PointerSelector, PointerSelectorConfig
+from ..trainer import (
+    GroupBeamGRPOConfig,
+    GroupBeamGRPOTrainer,
+    SelectorSFTConfig,
+    SelectorSFTTrainer,
+    fit_answer_agreement,
+)
+from ..trainer.checkpoints import last_checkpoint
+from .arguments import RecipeArguments
+from .task_data import TaskData
+
+
+logger = logging.getLogger(__name__)
+
+
+def build_selector(recipe: RecipeArguments, collator: DataCollatorForBeams, **changes: Any) -> PointerSelector:
+    """An untrained selector for the data; `changes` override options of [`PointerSelectorConfig`]."""
+    options: dict[str, Any] = {
+        "query_features": collator.query_widths,
+        "candidate_features": collator.candidate_widths,
+        "hidden_dim": recipe.hidden_dim,
+        "num_set_layers": recipe.num_set_layers,
+        "similarity_prior": recipe.similarity_prior,
+        "prior_rank": recipe.prior_rank,
+        "dropout": recipe.dropout,
+        "prior_dropout": recipe.dropout,
+    }
+    if recipe.encoder is not None:
+        options["encoder"] = recipe.encoder
+    return PointerSelector(PointerSelectorConfig.from_preset(recipe.model_preset, **{**options, **changes}))
+
+
+def untrained(recipe: RecipeArguments, data: TaskData, seed: int, output: Path | None = None) -> PointerSelector:
+    """
+    The selector that the supervised stage starts from: as built or, with `warm_start_steps`, fitted to the agreement
+    of answers and saved to `output/warm_start`, where that is better on the validation queries.
+    """
+    selector = build_selector(recipe, data.collator)
+    if not recipe.warm_start_steps:
+        return selector
+    if recipe.answer_feature not in data.collator.store.names:
+        raise ValueError(
+            f"warm_start_steps={recipe.warm_start_steps} needs embeddings of the answers, and the store has no "
+            f"feature {recipe.answer_feature!r} (it has {', '.join(data.collator.store.names)}): name it with "
+            "answer_feature, or set warm_start_steps to 0."
+        )
+    # rows that are judged on stay out: only candidates of the training pools, and training queries
+    ids = np.array(sorted({i for row in data.train for i in (row["query_id"], *row["candidate_ids"])}))
+    store, collator = data.collator.store, data.collator
+    numbers = {entity: number for number, entity in enumerate(sorted(set(data.entities.values())))}
+    entities = [numbers.get(data.entities.get(i, ""), len(numbers) + i) for i in ids.tolist()]
+    warm = copy.deepcopy(selector)
+    fit_answer_agreement(
+        warm,
+        torch.from_numpy(store.gather(ids, collator.query_features)),
+        torch.from_numpy(store.gather(ids, collator.candidate_features)),
+        torch.from_numpy(store.gather(ids, [recipe.answer_feature])),
+        torch.tensor(entities),
+        steps=recipe.warm_start_steps,
+        seed=seed,
+    )
+    if output is not None and PartialState().is_main_process:
+        save_selector(warm, output / "warm_start")
+    before, after = (
+        evaluate_selectors({"start": start}, data.validation, collator, data.num_shots)[-2].rewards.mean()
+        for start in (selector, warm)
+    )
+    logger.info("validation reward of the start: %.4f by similarity, %.4f by the warm start", before, after)
+    return warm if after > before else selector
+
+
+def sft_config(recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> SelectorSFTConfig:
+    """Arguments of the supervised stage: those of the run, but for its length, learning rate and number of beams."""
+    known = {f.name for f in fields(SelectorSFTConfig) if f.init}
+    options = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
+    options.update(
+        num_train_epochs=recipe.sft_epochs,
+        learning_rate=recipe.sft_learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.warmup_ratio,
+        num_beams=recipe.sft_num_beams,
+        max_steps=-1,
+        disable_dropout=False,  # the run switches it off for the ratios of GRPO, which this stage has none of
+        push_to_hub=False,
+    )
+    return SelectorSFTConfig(**options)
+
+
+def train_sft(args: SelectorSFTConfig, data: TaskData, selector: PointerSelector, folder: Path) -> SelectorSFTTrainer:
+    """Runs the supervised stage; its checkpoints go to `folder`."""
+    options = copy.copy(args)
+    options.output_dir = str(folder)
+    trainer = SelectorSFTTrainer(selector, options, data.collator, data.train, data.validation)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume_from_checkpoint else None)
+    return trainer
+
+
+def post_train(
+    args: GroupBeamGRPOConfig, data: TaskData, selector: str | PointerSelector, folder: Path
+) -> GroupBeamGRPOTrainer:
+    """Runs RCE and GRPO; checkpoints go to `folder`."""
+    options = copy.copy(args)
+    options.output_dir = str(folder)
+    options.hub_model_id = (
+        args.hub_model_id or Path(str(args.output_dir)).name
+    )  # not the name of the checkpoints' folder
+    trainer = GroupBeamGRPOTrainer(selector, options, data.collator, data.train, data.validation)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume_from_checkpoint else None)
+    return trainer
+
+
+def save_selector(selector: Any, folder: Path) -> None:
+    """Saves a selector so that `folder` either holds all of it or does not exist."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    selector.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def train(
+    recipe: RecipeArguments, args: GroupBeamGRPOConfig, data: TaskData, output: Path
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Runs the stages that have not been run yet; gives the folder of each selector, and the joined log."""
+    checkpoints = output / "checkpoints"
+    selectors = {"sft": recipe.sft_ckpt or str(output / "sft")}
+    history: list[dict[str, Any]] = []
+    if recipe.sft_ckpt is None:
+        history += start_with_sft(recipe, sft_config(recipe, args), data, output)
+    last = "grpo" if args.grpo_epochs > 0 else "rce"
+    if not (output / last).exists():
+        trainer = post_train(args, data, selectors["sft"], checkpoints / "grpo")
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(checkpoints / "grpo" / "trainer_state.json"))
+            if last == "grpo" and args.rce_epochs > 0:
+                save_selector(PointerSelector.from_pretrained(checkpoints / "grpo" / "rce"), output / "rce")
+            save_selector(trainer.accelerator.unwrap_model(trainer.model), output / last)
+        if args.push_to_hub:
+            trainer.push_to_hub()
+        trainer.accelerator.wait_for_everyone()
+    history += _log_history(checkpoints / "grpo" / "trainer_state.json")
+    selectors.update({name: str(output / name) for name in ("warm_start", "rce", "grpo") if (output / name).exists()})
+    return selectors, history
+
+
+def start_with_sft(
+    recipe: RecipeArguments, args: SelectorSFTConfig, data: TaskData, output: Path
+) -> list[dict[str, Any]]:
+    """Trains the supervised selector into `output/sft`, unless it is there; gives its log."""
+    folder = output / "checkpoints" / "sft"
+    if not (output / "sft").exists():
+        set_seed(args.seed)
+        trainer = train_sft(args, data, untrained(recipe, data, args.seed, output), folder)
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(folder / "trainer_state.json"))
+            save_selector(trainer.accelerator.unwrap_model(trainer.model), output / "sft")
+        trainer.accelerator.wait_for_everyone()
+    return _log_history(folder / "trainer_state.json")
+
+
+def _log_history(path: Path) -> list[dict[str, Any]]:
+    return TrainerState.load_from_json(str(path)).log_history if path.exists() else []

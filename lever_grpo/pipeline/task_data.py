@@ -1,0 +1,147 @@
+"""The queries that a run trains, validates and reports on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from ..data import (
+    DataCollatorForBeams,
+    EmbeddingStore,
+    complete_scores,
+    drop_candidates,
+    load_beams,
+    load_sample,
+    split_by_query,
+)
+from ..data.records import BeamDataError
+from .arguments import RecipeArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TaskData:
+    """
+    What a run trains, validates and reports on.
+
+    Args:
+        name (`str`):
+            Name for titles.
+        train, validation, heldout (`datasets.Dataset`):
+            Groups of three disjoint sets of queries.
+        collator ([`DataCollatorForBeams`]):
+            Makes batches of them.
+        num_shots (`int`):
+            Length of the sequences.
+        entities (`dict[int, str]`):
+            What each row is about.
+        notes (`list[str]`):
+            What a reader of the report must know, e.g. that scores were estimated.
+    """
+
+    name: str
+    train: Dataset
+    validation: Dataset
+    heldout: Dataset
+    collator: DataCollatorForBeams
+    num_shots: int
+    entities: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
+    """
+    The data of a run: the sample's task, or the user's logs, with what is missing split off.
+
+    Raises:
+        ValueError: if options contradict each other or files lack what a run needs.
+    """
+    options: dict[str, Any] = {"max_group_size": recipe.max_group_size}
+    if recipe.beam_data is None:
+        sample = load_sample(recipe.task)
+        name, store = recipe.task, sample.store
+        features = (sample.query_features, sample.candidate_features)
+        paths: dict[str, Any] = dict(sample.splits)
+        entities = sample.entities()
+    else:
+        if recipe.embeddings is None:
+            raise ValueError("beam_data is given without embeddings: the selector sees rows through them; name them.")
+        name, store = Path(recipe.beam_data[0]).stem, EmbeddingStore.open(recipe.embeddings)
+        features = (tuple(store.names), tuple(store.names))
+        paths = {"train": recipe.beam_data, "validation": recipe.validation_data, "heldout": recipe.heldout_data}
+        paths = {split: path for split, path in paths.items() if path is not None}
+        options["candidate_pools"] = recipe.candidate_pools
+        entities = _read_entities(recipe.entities)
+    collator = DataCollatorForBeams(
+        store,
+        tuple(recipe.query_features or features[0]),
+        tuple(recipe.candidate_features or features[1]),
+    )
+    store.check_finite(sorted({*collator.query_features, *collator.candidate_features}))
+
+    shots = recipe.num_shots
+    train = load_beams(paths["train"], shots=shots, **options)
+    notes: list[str] = []
+    held_back: dict[str, Dataset] = {}
+    for split, size in (("validation", recipe.validation_size), ("heldout", recipe.heldout_size)):
+        if split in paths:
+            held_back[split] = load_beams(paths[split], shots=shots, **{**options, "max_group_size": None})
+            continue
+        divided = split_by_query(train, size, seed, entities)
+        train, queries = divided["train"], set(divided["test"]["query_id"])
+        held_back[split], note = _completed(paths["train"], queries, entities, shots, options)
+        notes.append(f"{split}: {len(queries)} queries set aside from the training log; {note}")
+    # a selector remembers the candidates of its training pools: neither the queries that it is judged on nor other
+    # rows about the same things may be among them
+    unseen = {query for dataset in held_back.values() for query in dataset["query_id"]}
+    judged = {entities[query] for query in unseen if query in entities}
+    unseen |= {row for row, entity in entities.items() if entity in judged}
+    train = drop_candidates(train, unseen, entities)
+    if recipe.max_samples is not None and recipe.max_samples < len(train):
+        train = train.shuffle(seed=seed).select(range(recipe.max_samples))
+    _check_ids(collator.store, {"train": train, **held_back})
+    return TaskData(name, train, held_back["validation"], held_back["heldout"], collator, shots, entities, notes)
+
+
+def _read_entities(path: str | None) -> dict[int, str]:
+    if path is None:
+        return {}
+    try:
+        return {int(row): str(entity) for row, entity in json.loads(Path(path).read_text("utf-8")).items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{path}: expected a JSON object {{"row id": "entity"}}; {error}') from error
+
+
+def _completed(
+    path: Any, queries: set[int], entities: dict[int, str], shots: int, options: dict[str, Any]
+) -> tuple[Dataset, str]:
+    """Groups of some queries of a log, with estimates of what was not scored where that is possible."""
+    options = {**options, "max_group_size": None}
+
+    def of_queries(log: Dataset) -> Dataset:
+        chosen = log.select([i for i, query in enumerate(log["query_id"]) if query in queries])
+        return drop_candidates(chosen, entities=entities)
+
+    log = load_beams(path, **options)
+    try:
+        completed = complete_scores(of_queries(log), fit_on=log, shots=shots)
+        return completed, "sequences that were not scored are estimated"
+    except BeamDataError as error:
+        logger.warning("the greedy pick cannot be judged on these queries (%s); the expected reward is used", error)
+        return of_queries(load_beams(path, shots=shots, **options)), "judged by the expected reward within the group"
+
+
+def _check_ids(store: EmbeddingStore, splits: dict[str, Dataset]) -> None:
+    for split, dataset in splits.items():
+        if not len(dataset):
+            raise ValueError(f"the {split} log has no group of the wanted length; check num_shots and the files.")
+        ids = {i for row in dataset for i in (row["query_id"], *row["candidate_ids"])}
+        store.check_ids(np.array(sorted(ids)))
