@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -27,3 +28,11 @@ def planted_files(tmp_path_factory, planted):
     from planted import write_files
 
     return write_files(tmp_path_factory.mktemp("planted"), planted)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts processes that have imported everything already: children of a server that has no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lever_grpo.pipeline", "planted"])
+    return context

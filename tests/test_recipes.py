@@ -1,7 +1,8 @@
 """The scripts of recipes/ and their YAML files."""
 
+import logging
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -78,15 +79,28 @@ def test_typos_in_choices_of_a_yaml_are_errors(tmp_path):
         parse(["--config", str(path)], GroupBeamGRPOConfig)
 
 
+def run_script(path: str, arguments: list[str], folder: str, errors: str) -> None:
+    """What `python path arguments` does, in this process."""
+    sys.stderr = open(errors, "w", buffering=1)
+    logging.basicConfig(stream=sys.stderr, force=True)
+    os.chdir(folder)
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_steps_of_each_stage(name, planted_files, tmp_path):
-    command = [sys.executable, str(RECIPES / f"{name}.py"), f"--config={RECIPES / name}.yaml", "--dry_run"]
-    own = ["--beam_data", planted_files["train"], "--embeddings", planted_files["embeddings"]]
-    own += ["--validation_data", planted_files["validation"], "--hidden_dim", "8", "--use_cpu"]
-    own += ["--answer_feature", "text"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *own], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "dry run: all is well" in done.stderr
-    assert ("(2, 2, 2)" in done.stderr) == (name == "okvqa_v3")
-    assert not list(tmp_path.iterdir())
+def test_two_steps_of_each_stage(name, planted_files, tmp_path, processes):
+    arguments = [f"--config={RECIPES / name}.yaml", "--dry_run", "--use_cpu", "--hidden_dim", "8"]
+    arguments += ["--beam_data", planted_files["train"], "--embeddings", planted_files["embeddings"]]
+    arguments += ["--validation_data", planted_files["validation"], "--answer_feature", "text"]
+    folder, errors = tmp_path / "here", tmp_path / "errors.txt"
+    folder.mkdir()
+    child = processes.Process(
+        target=run_script, args=(str(RECIPES / f"{name}.py"), arguments, str(folder), str(errors))
+    )  # fmt: skip
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0, errors.read_text()[-3000:]
+    assert "dry run: all is well" in errors.read_text()
+    assert ("(2, 2, 2)" in errors.read_text()) == (name == "okvqa_v3")
+    assert not list(folder.iterdir())

@@ -108,8 +108,8 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
             Whether to compute the reference's log-probabilities once, as a column of the data set. Only for the
             estimators at a fixed policy temperature; the exact KL needs whole distributions, computed per batch.
 
-    The other arguments are those of [`SelectorTrainingArguments`]; `disable_dropout` defaults to `True` here, as in DPO:
-    `False` regularises small data; policy and old policy then share their dropout masks.
+    The other arguments are those of [`SelectorTrainingArguments`]; `disable_dropout` defaults to `True` here, as in
+    DPO. `False` regularises small data; policy and old policy then share their dropout masks.
 
     Example:
 

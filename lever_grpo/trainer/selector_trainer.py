@@ -12,6 +12,7 @@ from transformers import AutoModel, EvalPrediction, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import fully_scored
+from ..metrics import expected_reward, rank_correlations
 from ..objectives import combine_rewards, reward_from_columns, sequence_coherence, sequence_diversity, step_entropy
 from .checkpoints import load_memory, save_memory
 from .selector_config import SelectorTrainingArguments
@@ -217,17 +218,17 @@ class SelectorTrainer(Trainer):
         sequence_mask = inputs["sequence_mask"]  # (B, G, S)
         mask = sequence_mask.any(-1)  # (B, G)
         sequence_log_probs = output.log_probs.sum(-1)  # (B, G)
-        within = sequence_log_probs.masked_fill(~mask, -math.inf).softmax(-1).nan_to_num(0.0)
+        group = [x.double().cpu().numpy() for x in (sequence_log_probs, rewards)] + [mask.cpu().numpy()]
         logged = torch.where(sequence_mask, inputs["sequences"], -1)  # (B, G, S)
         same = (logged == picks.unsqueeze(1)).all(-1) & mask  # (B, G)
         greedy = rewards.gather(1, same.float().argmax(-1, keepdim=True)).squeeze(1)  # (B,)
         entropy = step_entropy(output.step_log_probs)  # (B, G, S)
         return {
             "reward": _masked_mean(rewards, mask),
-            "expected_reward": (within * torch.where(mask, rewards, 0.0)).sum(-1),
+            "expected_reward": torch.from_numpy(expected_reward(*group)).to(rewards),
             "greedy_reward": torch.where(same.any(-1), greedy, math.nan),
             "greedy_found": same.any(-1).float(),
-            "rank_correlation": rank_correlation(sequence_log_probs, rewards, mask),
+            "rank_correlation": torch.from_numpy(rank_correlations(*group)).to(rewards),
             "entropy": _masked_mean(entropy.flatten(1), sequence_mask.flatten(1)),
         }
 
@@ -297,19 +298,6 @@ class SelectorTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.load_training_memory(load_memory(checkpoint))
-
-
-def rank_correlation(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-    """Spearman's correlation of each group (B, G) -> (B,), ties by their mean rank; NaN where a side is constant."""
-
-    def centred_ranks(values: Tensor) -> Tensor:
-        left, right = values.unsqueeze(-1), values.unsqueeze(-2)
-        pairs = mask.unsqueeze(-2)
-        ranks = ((left > right) & pairs).sum(-1) + 0.5 * ((left == right) & pairs).sum(-1)  # (B, G)
-        return torch.where(mask, ranks - _masked_mean(ranks, mask).unsqueeze(-1), 0.0)
-
-    a, b = centred_ranks(x), centred_ranks(y)
-    return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:

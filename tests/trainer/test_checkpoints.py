@@ -65,25 +65,32 @@ def test_all_are_damaged(run):
     assert last_checkpoint(run) is None
 
 
+def make_forgetful(folder, planted):
+    """Everything that has a memory: dropout, Adam, accumulation, π_old, adaptive β and temperature, half-full logs."""
+    model = make_selector(dropout=0.2, similarity_prior=True, num_set_layers=1)
+    options = {"adaptive_beta": True, "adaptive_temperature": True, "kl_high": 0.02, "logging_steps": 2, **STEPS}
+    return make_trainer(
+        folder, planted, model, gradient_accumulation_steps=2, per_device_train_batch_size=4, **options
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(planted, tmp_path_factory):
+    trainer = make_forgetful(tmp_path_factory.mktemp("whole"), planted)
+    trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize("stop", range(10))
-def test_resuming_anywhere_gives_the_same(planted, tmp_path, stop):
-    """Through all stages, with everything that has a memory: dropout, Adam, π_old, adaptive β and temperature."""
-
-    def trainer(folder, **options):
-        model = make_selector(dropout=0.2, similarity_prior=True, num_set_layers=1)
-        options |= {"adaptive_beta": True, "adaptive_temperature": True, "kl_high": 0.02, "logging_steps": 2}
-        return make_trainer(
-            folder, planted, model, gradient_accumulation_steps=2, per_device_train_batch_size=4, **options
-        )
-
-    whole = trainer(tmp_path / "run", **STEPS)
-    whole.train()
-    for path in (tmp_path / "run").glob("checkpoint-*"):  # as if it had been cut off behind this step
+def test_resuming_anywhere_gives_the_same(planted, tmp_path, whole, stop):
+    """Through all stages, log included."""
+    run = shutil.copytree(whole.args.output_dir, tmp_path / "run")
+    for path in run.glob("checkpoint-*"):  # as if it had been cut off behind this step
         if int(path.name.split("-")[1]) > stop:
             shutil.rmtree(path)
-    shutil.rmtree(tmp_path / "run" / "rce")
-    again = trainer(tmp_path / "run", **STEPS)
-    checkpoint = last_checkpoint(tmp_path / "run")
+    shutil.rmtree(run / "rce")
+    again = make_forgetful(run, planted)
+    checkpoint = last_checkpoint(run)
     assert checkpoint.endswith(f"checkpoint-{stop}")
     again.train(resume_from_checkpoint=checkpoint)
 
@@ -91,12 +98,11 @@ def test_resuming_anywhere_gives_the_same(planted, tmp_path, stop):
     assert_same_weights(weights_of(again.old_policy), weights_of(whole.old_policy))
     assert again.policy_control == whole.policy_control
     assert again.state.best_global_step == whole.state.best_global_step
-    assert (tmp_path / "run" / "rce").exists() == (stop <= 3)
+    assert (run / "rce").exists() == (stop <= 3)
 
     def comparable(log):
-        return {
-            name: x for name, x in log.items() if not name.endswith(("runtime", "per_second", "train_loss", "flos"))
-        }
+        timing = ("runtime", "per_second", "train_loss", "flos")
+        return {name: value for name, value in log.items() if not name.endswith(timing)}
 
     assert [comparable(log) for log in again.state.log_history] == [comparable(log) for log in whole.state.log_history]
 

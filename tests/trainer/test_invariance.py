@@ -18,7 +18,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def ragged_rows(planted: Planted) -> list[dict]:
-    """Groups of 20, 6, 3 and 2 sequences, pools of 6 to 3, one to three shots (also within a group), one of them tied."""
+    """Groups of 20 to 2 sequences, pools of 6 to 3, one to three shots (also within a group), one of them tied."""
     rows = [
         *planted_rows(planted.embeddings, [0], pool=5),
         *planted_rows(planted.embeddings, [1], pool=6, group=6, shots=3),
@@ -87,7 +87,8 @@ def test_accumulation_changes_nothing(planted, tmp_path, scale):
             rce_learning_rate=0.05,
             optim="sgd",
             **QUIET,
-        )  # fmt: skip (and Adam would turn the rounding of zero gradients, such as those of key biases, into steps)
+        )
+        # not Adam: it turns the rounding of zero gradients, such as those of key biases, into steps
         trainer.train()
         runs[size] = (weights_of(trainer.model), [log for log in trainer.state.log_history if "learning_rate" in log])
     weights, logs = runs[4]
