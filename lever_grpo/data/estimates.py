@@ -49,7 +49,7 @@ def complete_scores(dataset: Dataset, fit_on: Dataset | None = None, shots: int 
     >>> log = load_sample("country_facts").load("train").select(range(8))
     >>> full = complete_scores(log)
     >>> len(log[0]["sequences"]), len(full[0]["sequences"]), sum(full[0]["estimated"])
-    (91, 240, 150)
+    (91, 240, 165)
 
     ```
     """

@@ -82,6 +82,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
     ...     train_dataset = sample.load("train", shots=2)
     ...     trainer = GroupBeamGRPOTrainer(PointerSelector(config), args, collator, train_dataset)
     ...     trainer.train().global_step
+    {'train_runtime': ...}
     4
 
     ```
