@@ -44,7 +44,7 @@ $(INSTALLED): setup.py pyproject.toml
 	@touch $@
 
 demo: install  ## post-train the selector on the sample and print the report (outputs/demo)
-	$(OFFLINE) $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml \
+	$(OFFLINE) $(ONE_THREAD) $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml \
 		recipes/okvqa_v3.py --config recipes/okvqa_v3.yaml --output_dir outputs/demo --overwrite true $(ARGS)
 
 # one thread a worker: torch would otherwise start as many as there are cores in each of them

@@ -17,10 +17,10 @@ from .write import write_atomic
 
 # The rows of the report, in the order of a table; other methods stand before the oracle, in the order they are given.
 BASELINES = ("zero_shot", "random", "similarity")
-TRAINED = ("sft", "rce", "grpo")
+TRAINED = ("warm_start", "sft", "rce", "grpo")
 ORACLE = "oracle"
 
-LABELS = {"zero_shot": "zero-shot", "sft": "SFT", "rce": "RCE", "grpo": "GRPO"}
+LABELS = {"zero_shot": "zero-shot", "warm_start": "warm start", "sft": "SFT", "rce": "RCE", "grpo": "GRPO"}
 
 
 @dataclass(frozen=True, eq=False)
