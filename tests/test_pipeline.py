@@ -266,7 +266,7 @@ def start(processes, files, output, kill=None, slow=False):
 
 def test_killed_again_and_again_the_run_ends_the_same(finished, planted_files, tmp_path, processes):
     """Through the supervised stage and all stages of post-training, in and between epochs, before and after saving."""
-    kills = [("sft", 2, "step"), ("sft", 3, "save")]  # every step of post-training: tests/trainer/test_checkpoints.py
+    kills = [("sft", 2, "step"), ("sft", 3, "save")]  # every step of post-training: tests/trainer/test_resume.py
     kills += [("grpo", 1, "step"), ("grpo", 3, "save"), ("grpo", 5, "step"), ("grpo", 8, "step"), ("grpo", 9, "save")]
     output = tmp_path / "out"
     for kill in kills:
