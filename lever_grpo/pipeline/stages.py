@@ -158,7 +158,10 @@ def train(
         if args.push_to_hub:
             trainer.push_to_hub()
         trainer.accelerator.wait_for_everyone()
-    history += _log_history(checkpoints / "grpo" / "trainer_state.json")
+    # a log between two train logs says nothing of its stage: the plan does
+    log = _log_history(checkpoints / "grpo" / "trainer_state.json")
+    plan = args.stage_plan(max([1, *(entry["step"] for entry in log)]))
+    history += [{**entry, "stage": plan.stage(max(entry["step"] - 1, 0))} for entry in log]
     selectors.update({name: str(output / name) for name in ("warm_start", "rce", "grpo") if (output / name).exists()})
     return selectors, history
 
@@ -175,7 +178,7 @@ def start_with_sft(
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
             save_selector(trainer.accelerator.unwrap_model(trainer.model), output / "sft")
         trainer.accelerator.wait_for_everyone()
-    return _log_history(folder / "trainer_state.json")
+    return [{**entry, "stage": "sft"} for entry in _log_history(folder / "trainer_state.json")]
 
 
 def _log_history(path: Path) -> list[dict[str, Any]]:
