@@ -68,18 +68,15 @@ def add_env(commands: argparse._SubParsersAction) -> None:
 
 def env_command(args: argparse.Namespace) -> int:
     """Print the versions that a bug report needs."""
+    import torch
+
     lines = {
         "lever_grpo": _version("lever-grpo"),
         "Python": platform.python_version(),
         "Platform": platform.platform(),
     }
     lines.update({name: _version(name) for name in ENVIRONMENT})
-    try:
-        import torch
-
-        lines["Accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)"
-    except ImportError:
-        pass
+    lines["Accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)"
     for name, value in lines.items():
         print(f"- {name}: {value}")
     return 0
