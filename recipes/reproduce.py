@@ -2,10 +2,11 @@
 
     python recipes/reproduce.py [--tasks emoji ...] [--seeds 5] [--jobs 2] [--output_dir outputs/reproduce]
 
-For each task and seed: the flagship (SFT, RCE, GRPO of `okvqa_v3.yaml`); the literal original setting from the same
-start; and the original system in full (a v2 network from random weights, SFT, then the literal setting). On `emoji`
-also learning curves over the number of training queries. A run that is complete is not repeated, one that was cut off
-is resumed. Ends with `docs/results.md` (and `report.json` in the output folder), whatever it says.
+For each task and seed: the flagship (SFT, agreement of answers, RCE, GRPO of `okvqa_v3.yaml`); the same without the
+agreement of answers, so on the log's scores alone; the literal original setting from the same SFT start; and the
+original system in full (a v2 network from random weights, SFT, then the literal setting). On `emoji` also learning
+curves over the number of training queries. A run that is complete is not repeated, one that was cut off is resumed.
+Ends with `docs/results.md` (and `report.json` in the output folder), whatever it says.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,7 +64,7 @@ V2 = {
     "hidden_dim": 256,
     "num_set_layers": 0,
     "dropout": 0.1,
-    "warm_start_steps": 0,
+    "agreement_steps": 0,
 }
 
 
@@ -92,7 +94,8 @@ def run_one(task: str, seed: int, queries: int | None, output: Path) -> None:
         literal = with_values(args, LITERAL)
         original = with_values(recipe, {**V2, "sft_epochs": 10.0, "sft_learning_rate": 3e-4})
         survivors = load_task(with_values(recipe, {"max_group_size": recipe.sft_num_beams}), seed)
-        from_start = with_values(recipe, {"sft_ckpt": selectors["sft"]})
+        from_start = with_values(recipe, {"sft_ckpt": selectors["sft"], "agreement_steps": 0})
+        selectors["grpo_scores_alone"] = train(from_start, args, data, folder / "scores_alone")[0]["grpo"]
         selectors["grpo_literal"] = train(from_start, literal, survivors, folder / "literal")[0]["grpo"]
         v2, _ = train(original, literal, survivors, folder / "v2")
         selectors.update(v2_sft=v2["sft"], v2_grpo_literal=v2["grpo"])
@@ -102,6 +105,8 @@ def run_one(task: str, seed: int, queries: int | None, output: Path) -> None:
 def gather(output: Path, task: str, pattern: str) -> list[MethodResult]:
     """Results of all seeds of a task, one row per method."""
     runs = [load_results(path) for path in sorted((output / task).glob(f"{pattern}/results.json"))]
+    for run in runs:  # where the search ranked by all features, the two baselines are one
+        run.setdefault("similarity_all", replace(run["similarity"], name="similarity_all"))
     return [stack_seeds([run[name] for run in runs]) for name in runs[0]]
 
 
@@ -114,7 +119,7 @@ def learning_curve(output: Path) -> list[dict]:
             if not any((output / task).glob(f"{pattern}/results.json")):
                 continue
             means = {result.name: float(result.rewards.mean()) for result in gather(output, task, pattern)}
-            shown = {name: f"{means[name]:.3f}" for name in ("similarity", "warm_start", "sft", "rce", "grpo")}
+            shown = {name: f"{means[name]:.3f}" for name in ("similarity", "sft", "agreement", "rce", "grpo")}
             rows.append({"task": task, "training queries": size or "all", **shown})
     return rows
 

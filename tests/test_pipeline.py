@@ -32,15 +32,21 @@ def make_recipe(files: dict[str, str], **options) -> RecipeArguments:
     return RecipeArguments(**{**own, **small, "embeddings": files["embeddings"], **options})
 
 
+def full_recipe(files: dict[str, str]) -> RecipeArguments:
+    """All stages: the embedding of the text stands for that of an answer."""
+    return make_recipe(files, agreement_steps=5, answer_feature="text")
+
+
 def selector_bytes(output: Path) -> dict[str, bytes]:
-    return {name: (output / name / "model.safetensors").read_bytes() for name in ("sft", "rce", "grpo")}
+    names = ("sft", "agreement", "rce", "grpo")
+    return {name: (output / name / "model.safetensors").read_bytes() for name in names}
 
 
 @pytest.fixture(scope="module")
 def finished(planted_files, tmp_path_factory):
     """An undisturbed run: its folder and its report."""
     output = tmp_path_factory.mktemp("run") / "out"
-    return output, run(make_recipe(planted_files), make_args(output, learning_rate=0.02, seed=3))
+    return output, run(full_recipe(planted_files), make_args(output, learning_rate=0.02, seed=3))
 
 
 # ---- the whole way ----
@@ -49,7 +55,8 @@ def finished(planted_files, tmp_path_factory):
 def test_report(finished):
     output, report = finished
     assert report == json.loads((output / "report.json").read_text())
-    assert list(report["methods"]) == ["zero_shot", "random", "similarity", "sft", "rce", "grpo", "oracle"]
+    trained = ["sft", "agreement", "rce", "grpo"]
+    assert list(report["methods"]) == ["zero_shot", "random", "similarity", *trained, "oracle"]
     for method in report["methods"].values():
         assert method["reward"]["ci_low"] <= method["reward"]["mean"] <= method["reward"]["ci_high"]
         assert "gap_closed" in method
@@ -81,7 +88,7 @@ def test_rewards_of_the_report_are_those_of_the_saved_selectors(finished, plante
 def test_an_earlier_run_is_not_mixed_with(finished, planted_files):
     output, _ = finished
     before = selector_bytes(output)
-    with pytest.raises(ValueError, match="holds an earlier run .checkpoints, sft, rce, grpo."):
+    with pytest.raises(ValueError, match="holds an earlier run .checkpoints, sft, agreement, rce, grpo."):
         run(make_recipe(planted_files), make_args(output))
     assert selector_bytes(output) == before
 
@@ -89,20 +96,37 @@ def test_an_earlier_run_is_not_mixed_with(finished, planted_files):
 def test_a_finished_run_is_only_reported_again(finished, planted_files):
     output, report = finished
     again = run(
-        make_recipe(planted_files), make_args(output, learning_rate=0.02, seed=3, resume_from_checkpoint="true")
+        full_recipe(planted_files), make_args(output, learning_rate=0.02, seed=3, resume_from_checkpoint="true")
     )
     assert again == report
 
 
 def test_overwriting(planted_files, tmp_path):
-    for stale in ("warm_start", "rce", "grpo"):
+    for stale in ("agreement", "rce", "grpo"):
         (tmp_path / "out" / stale).mkdir(parents=True)
         (tmp_path / "out" / stale / "config.json").write_text("{")
     report = run(make_recipe(planted_files, overwrite=True), make_args(tmp_path / "out", grpo_epochs=0))
-    assert "rce" in report["methods"] and not {"grpo", "warm_start"} & report["methods"].keys()
+    assert "rce" in report["methods"] and not {"grpo", "agreement"} & report["methods"].keys()
 
 
 # ---- stages alone ----
+
+
+def test_agreement_is_kept_where_validation_gains(finished, planted_files):
+    """RCE starts from the better of the two; both are on disk."""
+    output, _ = finished
+    start = weights_of(PointerSelector.from_pretrained(output / "checkpoints" / "grpo" / "checkpoint-0"))
+    data = load_task(full_recipe(planted_files))
+    sft, agreement = (PointerSelector.from_pretrained(output / name) for name in ("sft", "agreement"))
+    value = {}
+    for name, policy in (("sft", sft), ("agreement", agreement)):
+        picks = choose(policy, data.validation, data.collator).tolist()
+        value[name] = np.mean(
+            [row["scores"][row["sequences"].index(pick)] for row, pick in zip(data.validation, picks, strict=True)]
+        )
+    assert_same_weights(start, weights_of(agreement if value["agreement"] > value["sft"] else sft))
+    changed = [name for name, x in weights_of(sft).items() if not torch.equal(x, weights_of(agreement)[name])]
+    assert changed and all(name.startswith("prior.") for name in changed)
 
 
 def test_rce_alone_then_grpo_from_it(finished, planted_files, tmp_path):
@@ -184,7 +208,8 @@ def test_fewer_queries(planted_files):
         ({"embeddings": None}, "beam_data is given without embeddings"),
         ({"num_shots": 4}, "expected at least one group with shots=4"),
         ({"query_features": ["texts"]}, "texts"),
-        ({"warm_start_steps": 2}, "the store has no feature 'answer'"),
+        ({"agreement_steps": 2}, "the store has no feature 'answer'"),
+        ({"agreement_steps": 2, "similarity_prior": False, "sft_epochs": 0.1}, "this selector has none"),
         ({"model_preset": "v9"}, "preset='v9' is unknown"),
     ],
 )
@@ -193,10 +218,16 @@ def test_mistakes_are_named(planted_files, tmp_path, options, message):
         run(make_recipe(planted_files, **options), make_args(tmp_path / "out"))
 
 
-def test_similarity_needs_a_shared_feature(planted):
-    assert similarity_baseline(planted.collator) is not None
-    planted_apart = type(planted.collator)(planted.store, ["text"], ["text"])
-    assert choose(similarity_baseline(planted_apart), planted.validation, planted_apart).shape == (8, 2)
+def test_similarity_features(planted_files, planted):
+    data = load_task(make_recipe(planted_files))
+    assert list(data.similarity_features) == ["text"]  # all that the two sides share
+    with pytest.raises(ValueError, match="similarity_features=.'sound'.: the two sides share"):
+        load_task(make_recipe(planted_files, similarity_features=["sound"]))
+    for task, features in {"emoji": ("question",), "easy_vqa": ("question", "image")}.items():
+        sample = load_task(RecipeArguments(task=task))
+        assert sample.similarity_features == features
+        nearest = choose(similarity_baseline(sample.collator, features), sample.heldout, sample.collator)
+        assert (nearest == [0, 1]).all(1).mean() > 0.9  # the search ranked its pools by them
 
 
 # ---- dry run ----
@@ -255,7 +286,7 @@ def run_in_child(files: dict[str, str], output: str, kill: tuple[str, int, str] 
         transformers.trainer.DEFAULT_CALLBACKS.append(Kill)
     if slow:
         transformers.trainer.DEFAULT_CALLBACKS.append(Slow)
-    run(make_recipe(files), make_args(output, learning_rate=0.02, seed=3, resume_from_checkpoint="true"))
+    run(full_recipe(files), make_args(output, learning_rate=0.02, seed=3, resume_from_checkpoint="true"))
 
 
 def start(processes, files, output, kill=None, slow=False):

@@ -15,11 +15,13 @@ from .embeddings import EmbeddingStore
 
 
 SAMPLE_FOLDER = Path(__file__).resolve().parents[1] / "sample"
-# what the query and the candidate side see; the rest of the folder speaks for itself
-_FEATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "emoji": (("question",), ("question", "question_answer", "answer")),
-    "country_facts": (("question",), ("question", "question_answer", "answer")),
-    "easy_vqa": (("question", "image"), ("question", "question_answer", "answer", "image")),
+_TEXT = ("question", "question_answer", "answer")
+# what the query side and the candidate side see, and what the search ranked its pools by; the rest of the folder
+# speaks for itself
+_FEATURES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "emoji": (("question", "image", "hidden"), (*_TEXT, "image", "hidden"), ("question",)),
+    "country_facts": (("question", "hidden"), (*_TEXT, "hidden"), ("question",)),
+    "easy_vqa": (("question", "image"), (*_TEXT, "image"), ("question", "image")),
 }
 
 
@@ -32,14 +34,16 @@ class SampleTask:
         folder (`Path`): Where its files are.
         query_features, candidate_features (`tuple[str, ...]`): Embeddings that each side sees, for
         `DataCollatorForBeams`.
+        similarity_features (`tuple[str, ...]`): Embeddings by which the search ranked its pools, nearest first: those
+        of the similarity baseline.
 
     Example:
 
     ```python
     >>> from lever_grpo.data import load_sample
     >>> task = load_sample("emoji")
-    >>> sorted(task.splits), task.query_features, task.candidate_features
-    (['heldout', 'train', 'validation'], ('question',), ('question', 'question_answer', 'answer'))
+    >>> sorted(task.splits), task.query_features, task.similarity_features
+    (['heldout', 'train', 'validation'], ('question', 'image', 'hidden'), ('question',))
 
     ```
     """
@@ -48,6 +52,7 @@ class SampleTask:
     folder: Path
     query_features: tuple[str, ...]
     candidate_features: tuple[str, ...]
+    similarity_features: tuple[str, ...]
 
     @property
     def splits(self) -> dict[str, Path]:
@@ -113,7 +118,7 @@ def load_sample(task: str = "emoji") -> SampleTask:
     ```python
     >>> from lever_grpo.data import load_sample
     >>> load_sample("country_facts").store.widths
-    {'answer': 384, 'question': 384, 'question_answer': 384}
+    {'answer': 384, 'hidden': 256, 'question': 384, 'question_answer': 384}
 
     ```
     """

@@ -39,6 +39,9 @@ class RecipeArguments:
             Those shares.
         query_features, candidate_features (`list[str]`, *optional*):
             Embeddings that each side sees. Default: those of the sample, or all of the store on both sides.
+        similarity_features (`list[str]`, *optional*):
+            Embeddings of the similarity baseline. Default: those by which the sample's pools are ranked, or all that
+            the two sides share. `similarity_all` takes all that they share in any case.
         num_shots (`int`, *optional*, defaults to `2`):
             Length of the sequences that are learned and chosen.
         max_group_size (`int`, *optional*):
@@ -47,8 +50,8 @@ class RecipeArguments:
             Number of training queries to use, drawn with the seed.
         sft_ckpt (`str`, *optional*):
             Selector to start from (folder or Hub id). Without it, the supervised stage is run first.
-        warm_start_steps (`int`, *optional*, defaults to `0`):
-            Steps of [`fit_answer_agreement`] before the supervised stage; kept where validation says that it helps.
+        agreement_steps (`int`, *optional*, defaults to `0`):
+            Steps of [`fit_answer_agreement`] at the start of post-training; kept where validation says that it helps.
         answer_feature (`str`, *optional*, defaults to `"answer"`):
             The embedding of the answers that it needs.
         sft_epochs, sft_learning_rate, sft_num_beams:
@@ -72,14 +75,17 @@ class RecipeArguments:
     heldout_size: float = field(default=0.2, metadata={"help": "Share of training queries, without such a log."})
     query_features: list[str] | None = field(default=None, metadata={"help": "Embeddings of the query side."})
     candidate_features: list[str] | None = field(default=None, metadata={"help": "Embeddings of the candidates."})
+    similarity_features: list[str] | None = field(
+        default=None, metadata={"help": "Embeddings of the similarity baseline."}
+    )
     num_shots: int = field(default=2, metadata={"help": "Length of the sequences."})
     max_group_size: int | None = field(default=None, metadata={"help": "Sequences kept per group; default all."})
     max_samples: int | None = field(default=None, metadata={"help": "Training queries to use; default all."})
     sft_ckpt: str | None = field(default=None, metadata={"help": "Selector to start from: a folder or a Hub id."})
-    warm_start_steps: int = field(
-        default=0, metadata={"help": "Steps of the warm start on the agreement of answers; 0 leaves it out."}
+    agreement_steps: int = field(
+        default=0, metadata={"help": "Steps on the agreement of answers, before RCE; 0 leaves them out."}
     )
-    answer_feature: str = field(default="answer", metadata={"help": "Embedding of the answers, for the warm start."})
+    answer_feature: str = field(default="answer", metadata={"help": "Embedding of the answers, for the agreement."})
     sft_epochs: float = field(default=5.0, metadata={"help": "Epochs of the supervised stage."})
     sft_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the supervised stage."})
     sft_num_beams: int = field(default=5, metadata={"help": "Best beams that the supervised stage imitates."})

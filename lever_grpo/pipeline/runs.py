@@ -20,12 +20,12 @@ from ..models import PointerSelector, PointerSelectorConfig
 from ..report import MethodResult, build_report, print_report, save_results, write_report
 from ..trainer import GroupBeamGRPOConfig, SelectorSFTConfig, SelectorTrainingArguments
 from .arguments import RecipeArguments
-from .stages import post_train, sft_config, start_with_sft, train, train_sft, untrained
+from .stages import build_selector, post_train, sft_config, start_with_sft, train, train_sft, with_agreement
 from .task_data import TaskData, load_task
 
 
 logger = logging.getLogger(__name__)
-RUN_FOLDERS = ("checkpoints", "warm_start", "sft", "rce", "grpo")
+RUN_FOLDERS = ("checkpoints", "sft", "agreement", "rce", "grpo")
 
 
 def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig) -> dict[str, Any] | None:
@@ -67,25 +67,25 @@ def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig) 
 def judge(data: TaskData, selectors: dict[str, str]) -> list[MethodResult]:
     """What every method chose on the held-out queries, the baselines included."""
     policies = {name: PointerSelector.from_pretrained(folder) for name, folder in selectors.items()}
-    similarity = similarity_baseline(data.collator)
-    if similarity is not None:
-        policies = {"similarity": similarity, **policies}
-    return evaluate_selectors(policies, data.heldout, data.collator, data.num_shots)
+    shared = [name for name in data.collator.query_widths if name in data.collator.candidate_widths]
+    baselines = {"similarity": data.similarity_features}
+    if set(shared) != set(data.similarity_features):
+        baselines["similarity_all"] = tuple(shared)
+    similar = {name: similarity_baseline(data.collator, features) for name, features in baselines.items() if features}
+    return evaluate_selectors({**similar, **policies}, data.heldout, data.collator, data.num_shots)
 
 
-def similarity_baseline(collator: DataCollatorForBeams) -> PointerSelector | None:
-    """The selector that picks by cosine over the features both sides share; `None` where they share none."""
-    if not collator.query_widths.keys() & collator.candidate_widths.keys():
-        return None
-    return PointerSelector(
-        PointerSelectorConfig(
-            query_features=collator.query_widths,
-            candidate_features=collator.candidate_widths,
-            similarity_prior=True,
-            prior_rank=0,
-            hidden_dim=4,
-        )
+def similarity_baseline(collator: DataCollatorForBeams, features: Sequence[str]) -> PointerSelector:
+    """The selector that picks by the mean cosine of some features that both sides see."""
+    config = PointerSelectorConfig(
+        query_features=collator.query_widths,
+        candidate_features=collator.candidate_widths,
+        encoder="none",
+        similarity_prior=True,
+        prior_pairs={f"{name}:{name}": 1 / len(features) for name in features},
+        prior_rank=0,
     )
+    return PointerSelector(config)
 
 
 def report(
@@ -152,14 +152,16 @@ def _dry_run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTCon
     quiet.load_best_model_at_end = quiet.eval_on_start = quiet.push_to_hub = False
     quiet.resume_from_checkpoint = None
     quiet.report_to = []
-    selector: str | PointerSelector | None = recipe.sft_ckpt
-    if selector is None:
+    if recipe.sft_ckpt is None:
         supervised = quiet if isinstance(quiet, SelectorSFTConfig) else sft_config(recipe, quiet)
         supervised.max_steps = 2
-        short = replace(recipe, warm_start_steps=min(2, recipe.warm_start_steps))
-        selector = train_sft(supervised, data, untrained(short, data, args.seed), folder / "sft").model
+        selector = train_sft(supervised, data, build_selector(recipe, data.collator), folder / "sft").model
+    else:
+        selector = PointerSelector.from_pretrained(recipe.sft_ckpt)
     stages = "SFT"
     if isinstance(quiet, GroupBeamGRPOConfig):
+        short = replace(recipe, agreement_steps=min(2, recipe.agreement_steps))
+        selector = with_agreement(short, data, selector, args.seed)
         trainer = post_train(_two_steps_a_stage(quiet), data, selector, folder / "grpo")
         trainer.evaluate()
         stages = f"RCE, early and late GRPO: {trainer.stage_plan.steps}"

@@ -50,43 +50,49 @@ def build_selector(recipe: RecipeArguments, collator: DataCollatorForBeams, **ch
     return PointerSelector(PointerSelectorConfig.from_preset(recipe.model_preset, **{**options, **changes}))
 
 
-def untrained(recipe: RecipeArguments, data: TaskData, seed: int, output: Path | None = None) -> PointerSelector:
+def with_agreement(
+    recipe: RecipeArguments, data: TaskData, start: PointerSelector, seed: int, output: Path | None = None
+) -> PointerSelector:
     """
-    The selector that the supervised stage starts from: as built or, with `warm_start_steps`, fitted to the agreement
-    of answers and saved to `output/warm_start`, where that is better on the validation queries.
+    The selector that RCE starts from: `start` or, with `agreement_steps`, `start` fitted to the agreement of answers
+    and saved to `output/agreement`, where that is better on the validation queries.
     """
-    selector = build_selector(recipe, data.collator)
-    if not recipe.warm_start_steps:
-        return selector
-    if recipe.answer_feature not in data.collator.store.names:
+    if not recipe.agreement_steps:
+        return start
+    if start.prior is None:
         raise ValueError(
-            f"warm_start_steps={recipe.warm_start_steps} needs embeddings of the answers, and the store has no "
-            f"feature {recipe.answer_feature!r} (it has {', '.join(data.collator.store.names)}): name it with "
-            "answer_feature, or set warm_start_steps to 0."
+            f"agreement_steps={recipe.agreement_steps}: the agreement of answers is fitted in the similarity prior, "
+            "and this selector has none; set agreement_steps to 0, or start from one with similarity_prior=True."
+        )
+    store, collator = data.collator.store, data.collator
+    if recipe.answer_feature not in store.names:
+        raise ValueError(
+            f"agreement_steps={recipe.agreement_steps} needs embeddings of the answers, and the store has no "
+            f"feature {recipe.answer_feature!r} (it has {', '.join(store.names)}): name it with answer_feature, or "
+            "set agreement_steps to 0."
         )
     # rows that are judged on stay out: only candidates of the training pools, and training queries
     ids = np.array(sorted({i for row in data.train for i in (row["query_id"], *row["candidate_ids"])}))
-    store, collator = data.collator.store, data.collator
     numbers = {entity: number for number, entity in enumerate(sorted(set(data.entities.values())))}
     entities = [numbers.get(data.entities.get(i, ""), len(numbers) + i) for i in ids.tolist()]
-    warm = copy.deepcopy(selector)
+    fitted = copy.deepcopy(start)
     fit_answer_agreement(
-        warm,
+        fitted,
         torch.from_numpy(store.gather(ids, collator.query_features)),
         torch.from_numpy(store.gather(ids, collator.candidate_features)),
         torch.from_numpy(store.gather(ids, [recipe.answer_feature])),
         torch.tensor(entities),
-        steps=recipe.warm_start_steps,
+        steps=recipe.agreement_steps,
         seed=seed,
     )
     if output is not None and PartialState().is_main_process:
-        save_selector(warm, output / "warm_start")
+        save_selector(fitted, output / "agreement")
     before, after = (
-        evaluate_selectors({"start": start}, data.validation, collator, data.num_shots)[-2].rewards.mean()
-        for start in (selector, warm)
+        evaluate_selectors({"policy": policy}, data.validation, collator, data.num_shots)[-2].rewards.mean()
+        for policy in (start, fitted)
     )
-    logger.info("validation reward of the start: %.4f by similarity, %.4f by the warm start", before, after)
-    return warm if after > before else selector
+    logger.info("validation reward: %.4f before the agreement of answers, %.4f after it", before, after)
+    return fitted if after > before else start
 
 
 def sft_config(recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> SelectorSFTConfig:
@@ -116,7 +122,7 @@ def train_sft(args: SelectorSFTConfig, data: TaskData, selector: PointerSelector
 
 
 def post_train(
-    args: GroupBeamGRPOConfig, data: TaskData, selector: str | PointerSelector, folder: Path
+    args: GroupBeamGRPOConfig, data: TaskData, selector: PointerSelector, folder: Path
 ) -> GroupBeamGRPOTrainer:
     """Runs RCE and GRPO; checkpoints go to `folder`."""
     options = copy.copy(args)
@@ -149,7 +155,8 @@ def train(
         history += start_with_sft(recipe, sft_config(recipe, args), data, output)
     last = "grpo" if args.grpo_epochs > 0 else "rce"
     if not (output / last).exists():
-        trainer = post_train(args, data, selectors["sft"], checkpoints / "grpo")
+        start = with_agreement(recipe, data, PointerSelector.from_pretrained(selectors["sft"]), args.seed, output)
+        trainer = post_train(args, data, start, checkpoints / "grpo")
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(checkpoints / "grpo" / "trainer_state.json"))
             if last == "grpo" and args.rce_epochs > 0:
@@ -162,7 +169,7 @@ def train(
     log = _log_history(checkpoints / "grpo" / "trainer_state.json")
     plan = args.stage_plan(max([1, *(entry["step"] for entry in log)]))
     history += [{**entry, "stage": plan.stage(max(entry["step"] - 1, 0))} for entry in log]
-    selectors.update({name: str(output / name) for name in ("warm_start", "rce", "grpo") if (output / name).exists()})
+    selectors.update({name: str(output / name) for name in ("agreement", "rce", "grpo") if (output / name).exists()})
     return selectors, history
 
 
@@ -173,7 +180,7 @@ def start_with_sft(
     folder = output / "checkpoints" / "sft"
     if not (output / "sft").exists():
         set_seed(args.seed)
-        trainer = train_sft(args, data, untrained(recipe, data, args.seed, output), folder)
+        trainer = train_sft(args, data, build_selector(recipe, data.collator), folder)
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
             save_selector(trainer.accelerator.unwrap_model(trainer.model), output / "sft")

@@ -41,6 +41,8 @@ class TaskData:
             Makes batches of them.
         num_shots (`int`):
             Length of the sequences.
+        similarity_features (`tuple[str, ...]`):
+            Embeddings of the similarity baseline.
         entities (`dict[int, str]`):
             What each row is about.
         notes (`list[str]`):
@@ -53,6 +55,7 @@ class TaskData:
     heldout: Dataset
     collator: DataCollatorForBeams
     num_shots: int
+    similarity_features: tuple[str, ...] = ()
     entities: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -69,13 +72,14 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
         sample = load_sample(recipe.task)
         name, store = recipe.task, sample.store
         features = (sample.query_features, sample.candidate_features)
+        ranked_by: tuple[str, ...] = sample.similarity_features
         paths: dict[str, Any] = dict(sample.splits)
         entities = sample.entities()
     else:
         if recipe.embeddings is None:
             raise ValueError("beam_data is given without embeddings: the selector sees rows through them; name them.")
         name, store = Path(recipe.beam_data[0]).stem, EmbeddingStore.open(recipe.embeddings)
-        features = (tuple(store.names), tuple(store.names))
+        features, ranked_by = (tuple(store.names), tuple(store.names)), ()
         paths = {"train": recipe.beam_data, "validation": recipe.validation_data, "heldout": recipe.heldout_data}
         paths = {split: path for split, path in paths.items() if path is not None}
         options["candidate_pools"] = recipe.candidate_pools
@@ -85,6 +89,14 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
         tuple(recipe.query_features or features[0]),
         tuple(recipe.candidate_features or features[1]),
     )
+    shared = [name for name in collator.query_features if name in collator.candidate_features]
+    # a choice of features on the command line may leave out some that the pools were ranked by
+    similarity = tuple(recipe.similarity_features or [name for name in ranked_by if name in shared] or shared)
+    if set(similarity) - set(shared):
+        raise ValueError(
+            f"similarity_features={list(similarity)}: the two sides share {', '.join(shared) or 'nothing'}; name some "
+            "of these."
+        )
     store.check_finite(sorted({*collator.query_features, *collator.candidate_features}))
 
     shots = recipe.num_shots
@@ -108,7 +120,9 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
     if recipe.max_samples is not None and recipe.max_samples < len(train):
         train = train.shuffle(seed=seed).select(range(recipe.max_samples))
     _check_ids(collator.store, {"train": train, **held_back})
-    return TaskData(name, train, held_back["validation"], held_back["heldout"], collator, shots, entities, notes)
+    return TaskData(
+        name, train, held_back["validation"], held_back["heldout"], collator, shots, similarity, entities, notes
+    )
 
 
 def _read_entities(path: str | None) -> dict[int, str]:

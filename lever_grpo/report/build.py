@@ -13,7 +13,7 @@ from .results import BASELINES, ORACLE, MethodResult, method_order
 
 
 # What a trained method is compared with, the start of its training first.
-COMPARED_WITH = ("sft", "similarity", "random")
+COMPARED_WITH = ("sft", "similarity", "similarity_all", "random")
 
 
 def build_report(
@@ -133,9 +133,9 @@ def build_report(
 
 def default_pairs(names: Sequence[str], random: str = "random", oracle: str = ORACLE) -> list[tuple[str, str]]:
     """
-    Every trained method minus SFT, similarity and random, itself and absent ones left out.
+    Every trained method minus SFT, the similarity baselines and random, itself and absent ones left out.
 
-    Trained is whatever is neither a baseline (zero-shot, random, similarity) nor the oracle.
+    Trained is whatever is neither a baseline (zero-shot, random, a similarity) nor the oracle.
 
     Example:
     ```python

@@ -16,11 +16,18 @@ from .write import write_atomic
 
 
 # The rows of the report, in the order of a table; other methods stand before the oracle, in the order they are given.
-BASELINES = ("zero_shot", "random", "similarity")
-TRAINED = ("warm_start", "sft", "rce", "grpo")
+BASELINES = ("zero_shot", "random", "similarity", "similarity_all")
+TRAINED = ("sft", "agreement", "rce", "grpo")
 ORACLE = "oracle"
 
-LABELS = {"zero_shot": "zero-shot", "warm_start": "warm start", "sft": "SFT", "rce": "RCE", "grpo": "GRPO"}
+LABELS = {
+    "zero_shot": "zero-shot",
+    "similarity_all": "similarity, all features",
+    "sft": "SFT",
+    "agreement": "agreement of answers",
+    "rce": "RCE",
+    "grpo": "GRPO",
+}
 
 
 @dataclass(frozen=True, eq=False)

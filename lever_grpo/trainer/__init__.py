@@ -1,5 +1,6 @@
 """Trainers, their arguments, and the callbacks that drive them."""
 
+from .answer_agreement import fit_answer_agreement
 from .callbacks import CurriculumCallback, KLBetaCallback, PolicyControl, TemperatureCallback
 from .checkpoints import last_checkpoint
 from .group_beam_grpo_config import GroupBeamGRPOConfig
@@ -7,7 +8,6 @@ from .group_beam_grpo_trainer import GroupBeamGRPOTrainer
 from .selector_config import SelectorTrainingArguments
 from .selector_trainer import SelectorTrainer
 from .sft_trainer import SelectorSFTConfig, SelectorSFTTrainer
-from .warm_start import fit_answer_agreement
 
 
 __all__ = [

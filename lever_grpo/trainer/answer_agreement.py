@@ -1,4 +1,4 @@
-"""A start from the demonstrations' own answers, before any score of the frozen model is used."""
+"""Post-training on the demonstrations' own answers, without a score of the frozen model."""
 
 import copy
 import math
@@ -34,7 +34,10 @@ def fit_answer_agreement(
     $$ L = -\sum_t \log \Big( \sum_{j \ne i} \pi_t(j \mid i)\, r_{ij} + 10^{-3} \Big), $$
 
     the loss of neighbourhood components analysis (Goldberger et al., 2004) with graded classes, for the logits of the
-    first and of the later picks. The query side never sees an answer. The weights that are kept are a moving average.
+    first and of the later picks. Its gradient is a policy gradient of group-relative advantages,
+    \\( A_{ij} = (r_{ij} - \bar r_i) / (\bar r_i + 10^{-3}) \\) with \\( \bar r_i = \sum_j \pi(j \mid i)\, r_{ij} \\),
+    summed over the whole group instead of sampled from it. The query side never sees an answer. The weights that are
+    kept are a moving average.
 
     Args:
         selector ([`PointerSelector`]):

@@ -1,4 +1,4 @@
-"""The warm start on the agreement of answers."""
+"""Post-training on the agreement of answers."""
 
 import copy
 
@@ -88,3 +88,18 @@ def test_what_cannot_be_fitted_is_refused():
         fit_answer_agreement(without, embeds, embeds, answers)
     with pytest.raises(ValueError, match="at least 2 rows"):
         fit_answer_agreement(make_selector(), embeds[:1], embeds[:1], answers[:1])
+
+
+def test_the_gradient_is_a_group_relative_policy_gradient():
+    """−log(r̄ + c) has the gradient of −Σ π·A with the advantages A = (r − r̄) / (r̄ + c) held fixed."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    rewards = torch.rand(5, 7, generator=generator, dtype=torch.float64)
+    loss = -((logits.softmax(-1) * rewards).sum(-1) + 1e-3).log().mean()
+    (gradient,) = torch.autograd.grad(loss, logits)
+
+    policy = logits.softmax(-1)
+    mean = (policy * rewards).sum(-1, keepdim=True)
+    advantages = ((rewards - mean) / (mean + 1e-3)).detach()
+    (expected,) = torch.autograd.grad(-(policy * advantages).sum(-1).mean(), logits)
+    torch.testing.assert_close(gradient, expected)
