@@ -163,7 +163,7 @@ def test_without_held_out_files_queries_are_set_aside(planted_files):
     data = load_task(make_recipe(planted_files, validation_data=None, heldout_data=None), seed=1)
     queries = [set(part["query_id"]) for part in (data.train, data.validation, data.heldout)]
     assert sum(map(len, queries)) == len(set().union(*queries)) == 24
-    assert [len(q) for q in queries] == [15, 5, 4]
+    assert [len(q) for q in queries] == [15, 4, 5]
     # completed from the singles: every pair, the scored ones as they were
     assert {len(row["scores"]) for row in data.validation} == {20}
     assert {len(s) for row in data.train for s in row["sequences"]} == {2}
@@ -193,6 +193,20 @@ def test_judged_rows_and_entities_leave_the_training_pools(planted_files, tmp_pa
         assert all(i // 2 != row["query_id"] // 2 for i in row["candidate_ids"])
     # the queries of one thing stand on one side
     assert not {i // 2 for i in data.train["query_id"]} & {i // 2 for i in data.validation["query_id"]}
+
+
+def test_folds_hold_every_query_once(planted_files):
+    recipe = make_recipe(planted_files, entities=planted_files["entities"], heldout_size=0.25)
+    folds = [load_task(replace(recipe, heldout_fold=fold)) for fold in range(4)]
+    queries = [set(data.heldout["query_id"]) for data in folds]
+    assert sum(map(len, queries)) == len(set().union(*queries)) == 24
+    for data, judged in zip(folds, queries, strict=True):
+        assert not judged & set(data.train["query_id"])
+        unseen = judged | {i ^ 1 for i in judged}  # two rows a thing
+        for row in [*data.train, *data.heldout]:
+            assert not unseen & set(row["candidate_ids"])
+    with pytest.raises(ValueError, match="fold=4: must be at least 0, and below 1 / test_size"):
+        load_task(replace(recipe, heldout_fold=4))
 
 
 def test_fewer_queries(planted_files):

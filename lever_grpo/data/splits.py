@@ -17,6 +17,7 @@ def split_by_query(
     test_size: float | int = 0.1,
     seed: int = 0,
     entities: Mapping[int, Hashable] | None = None,
+    fold: int = 0,
 ) -> DatasetDict:
     """Split into `train` and `test` by query; queries are drawn at random, as neighbours in a file are alike.
 
@@ -30,6 +31,9 @@ def split_by_query(
         entities (`dict[int, Hashable]`, *optional*):
             What each query is about (an image, a country): queries about the same thing stay on one side. `test` then
             has at least `test_size` queries, and as few more as the last entity brings.
+        fold (`int`, *optional*, defaults to `0`):
+            Which part of that size `test` is. With one seed the folds are disjoint: with `test_size=0.2`, folds 0 to 4
+            hold every query once, as cross-validation wants it.
 
     Example:
 
@@ -50,19 +54,26 @@ def split_by_query(
             f"test_size must leave queries on both sides: got {test_size!r}, that is {count} of {len(queries)} queries"
         )
     shuffled = np.random.default_rng(seed).permutation(queries)
+    # the borders of shares are rounded one by one, so that the last fold ends with the last query
+    first, last = (
+        min(part * count if isinstance(test_size, int) else round(part * test_size * len(queries)), len(queries))
+        for part in (fold, fold + 1)
+    )
+    if fold < 0 or first == len(queries):
+        raise ValueError(f"fold={fold}: must be at least 0, and below 1 / test_size; got test_size={test_size!r}.")
     if entities:
         groups: dict[Hashable, list[int]] = {}
         for query in shuffled.tolist():
             groups.setdefault(("entity", entities[query]) if query in entities else ("query", query), []).append(query)
         shuffled = np.array([query for group in groups.values() for query in group])
         ends = np.cumsum([len(group) for group in groups.values()])
-        count = int(ends[np.searchsorted(ends, count)])
-        if count == len(queries):
+        first, last = (0 if border == 0 else int(ends[np.searchsorted(ends, border)]) for border in (first, last))
+        if first == 0 and last == len(queries):
             raise ValueError(
                 f"test_size={test_size!r} takes all {len(queries)} queries, as those about one thing stay together; "
                 "make it smaller, or leave the entities out"
             )
-    chosen = shuffled[:count]
+    chosen = shuffled[first:last]
     is_test = np.isin(ids, chosen)
     return DatasetDict(
         train=dataset.select(np.flatnonzero(~is_test)),

@@ -37,6 +37,9 @@ class RecipeArguments:
             together, and no query's pool holds another row about its own thing.
         validation_size, heldout_size (`float`, *optional*, defaults to `0.2`):
             Those shares.
+        heldout_fold (`int`, *optional*):
+            Cross-validation: report on this part of the training queries, of `heldout_size` each (0, 1, …), instead of
+            on held-out ones; scores that are missing are estimated.
         query_features, candidate_features (`list[str]`, *optional*):
             Embeddings that each side sees. Default: those of the sample, or all of the store on both sides.
         similarity_features (`list[str]`, *optional*):
@@ -73,6 +76,9 @@ class RecipeArguments:
     entities: str | None = field(default=None, metadata={"help": "JSON file: row id -> what the row is about."})
     validation_size: float = field(default=0.2, metadata={"help": "Share of training queries, without such a log."})
     heldout_size: float = field(default=0.2, metadata={"help": "Share of training queries, without such a log."})
+    heldout_fold: int | None = field(
+        default=None, metadata={"help": "Cross-validation: the part of the training queries to report on."}
+    )
     query_features: list[str] | None = field(default=None, metadata={"help": "Embeddings of the query side."})
     candidate_features: list[str] | None = field(default=None, metadata={"help": "Embeddings of the candidates."})
     similarity_features: list[str] | None = field(

@@ -99,15 +99,21 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
         )
     store.check_finite(sorted({*collator.query_features, *collator.candidate_features}))
 
+    if recipe.heldout_fold is not None:
+        paths.pop("heldout", None)
     shots = recipe.num_shots
     train = load_beams(paths["train"], shots=shots, **options)
     notes: list[str] = []
     held_back: dict[str, Dataset] = {}
-    for split, size in (("validation", recipe.validation_size), ("heldout", recipe.heldout_size)):
+    # the held-out queries first: they are the same whatever else is set aside
+    for split, size, fold in (
+        ("heldout", recipe.heldout_size, recipe.heldout_fold or 0),
+        ("validation", recipe.validation_size, 0),
+    ):
         if split in paths:
             held_back[split] = load_beams(paths[split], shots=shots, **{**options, "max_group_size": None})
             continue
-        divided = split_by_query(train, size, seed, entities)
+        divided = split_by_query(train, size, seed, entities, fold)
         train, queries = divided["train"], set(divided["test"]["query_id"])
         held_back[split], note = _completed(paths["train"], queries, entities, shots, options)
         notes.append(f"{split}: {len(queries)} queries set aside from the training log; {note}")
@@ -117,6 +123,8 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
     judged = {entities[query] for query in unseen if query in entities}
     unseen |= {row for row, entity in entities.items() if entity in judged}
     train = drop_candidates(train, unseen, entities)
+    if recipe.heldout_fold is not None:  # pools of held-out queries hold rows that training has seen
+        held_back["heldout"] = drop_candidates(held_back["heldout"], unseen)
     if recipe.max_samples is not None and recipe.max_samples < len(train):
         train = train.shuffle(seed=seed).select(range(recipe.max_samples))
     _check_ids(collator.store, {"train": train, **held_back})
