@@ -61,7 +61,7 @@ format: install  ## repair what ruff can repair
 	$(BIN)/ruff format .
 
 bench: install  ## run every script in benchmarks/
-	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do \
+	@set -e; for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do \
 		echo "== $$script"; $(OFFLINE) $(BIN)/python $$script $(ARGS); done
 
 reproduce: install  ## run all seeds on all tasks and write the table of the documentation

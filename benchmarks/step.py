@@ -16,14 +16,11 @@ ratios are taken within each turn. The floor is the time of the matrix products 
 
 import argparse
 import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _timing import machine, seconds, spread
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lever_grpo import PointerSelector, PointerSelectorConfig
@@ -111,38 +108,6 @@ def assert_equal(shared: Step, expanded: Step) -> None:
     for (name, a), b in zip(shared.model.named_parameters(), expanded.model.parameters(), strict=True):
         difference = (a.grad - b.grad).abs().max().item()
         assert difference <= 1e-3 * a.grad.abs().max().item() + 1e-6, f"gradients of {name} differ by {difference}"
-
-
-def seconds(step: Callable, device: str) -> float:
-    def wait() -> None:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-    wait()
-    start = time.perf_counter()
-    step()
-    wait()
-    return time.perf_counter() - start
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def machine(device: str) -> dict[str, str | int]:
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":", 1)[1].strip() if names else processor
-    return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
-        "processor": processor,
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": platform.system(),
-    }
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -61,6 +61,29 @@ def inspect_command(args: argparse.Namespace) -> int:
     return 1 if args.strict and report.warnings else 0
 
 
+def add_generate(commands: argparse._SubParsersAction) -> None:
+    # no "-" among its prefixes: every argument goes on to the parser of GenerateArguments, `--help` too
+    parser = commands.add_parser("generate", help="make a beam log", prefix_chars="+", add_help=False)
+    parser.add_argument("arguments", nargs="*", help="--config FILE and options; --help lists them")
+    parser.set_defaults(run=generate_command)
+
+
+def generate_command(args: argparse.Namespace) -> int:
+    """Search demonstrations with a frozen model and write the beam log. Returns 3 if `max_hours` were over before."""
+    from .pipeline.generate import GenerationStopped, generate, parse_generate
+    from .scorers import ScorerError
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        print(generate(parse_generate(args.arguments)))
+    except GenerationStopped as stopped:
+        print(stopped)
+        return 3
+    except (ImportError, ScorerError) as error:
+        raise ValueError(error) from error  # something to install or to mend
+    return 0
+
+
 def add_env(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("env", help="versions, for a bug report", description=env_command.__doc__)
     parser.set_defaults(run=env_command)
@@ -89,7 +112,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-COMMANDS = (add_inspect, add_env)
+COMMANDS = (add_inspect, add_generate, add_env)
 
 
 def build_parser() -> argparse.ArgumentParser:

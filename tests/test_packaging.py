@@ -145,7 +145,8 @@ def imported(folder: Path) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
                 top.add(node.module.partition(".")[0])
     homes = packages_distributions()
-    third_party = top - set(sys.stdlib_module_names) - {"lever_grpo"}
+    own = {"lever_grpo"} | {path.stem for path in folder.glob("*.py")}  # a script imports its neighbours by name
+    third_party = top - set(sys.stdlib_module_names) - own
     return {canonicalize_name(homes.get(name, [name])[0]) for name in third_party}
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..atomic import atomic_file
 from ..metrics.bootstrap import seed_query_table
 from ..metrics.selection import lookup_reward, score_percentile, sequences_of_length
-from .write import write_atomic
 
 
 # The rows of the report, in the order of a table; other methods stand before the oracle, in the order they are given.
@@ -216,7 +216,8 @@ def save_results(results: Sequence[MethodResult], path: str | os.PathLike) -> No
     ```
     """
     text = json.dumps([result.to_dict() for result in results], allow_nan=False)
-    write_atomic(Path(path), (text + "\n").encode())
+    with atomic_file(Path(path)) as stream:
+        stream.write((text + "\n").encode())
 
 
 def load_results(path: str | os.PathLike) -> dict[str, MethodResult]:

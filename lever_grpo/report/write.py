@@ -2,10 +2,11 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..atomic import atomic_file
 
 
 def write_report(report: Mapping[str, Any], output_dir: str | os.PathLike) -> dict[str, Path]:
@@ -51,38 +52,7 @@ def write_report(report: Mapping[str, Any], output_dir: str | os.PathLike) -> di
         "report.md": to_markdown(report, images=list(images)).encode(),
     } | images
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        write_atomic(folder / name, content)
+        with atomic_file(folder / name) as stream:
+            stream.write(content)
     return {name: folder / name for name in contents}
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """
-    Write a file that other processes see either as it was or complete.
-
-    Example:
-    ```python
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from lever_grpo.report.write import write_atomic
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_atomic(Path(folder, "a.txt"), b"whole")
-    ...     [file.name for file in Path(folder).iterdir()]
-    ['a.txt']
-
-    ```
-    """
-    # The temporary file lies in the same folder: a rename is atomic only inside one file system.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        # mkstemp makes private files; a report is to be read by whom the folder lets in.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

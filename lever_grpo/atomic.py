@@ -1,0 +1,49 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """
+    A binary file to write, and the folder it lies in. Others see the old file or the whole new one and never a part,
+    also when the writing fails or the machine stops.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from lever_grpo.atomic import atomic_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with atomic_file(Path(folder, "new", "a.txt")) as stream:
+    ...         _ = stream.write(b"whole")
+    ...     [file.name for file in Path(folder, "new").iterdir()]
+    ['a.txt']
+
+    ```
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder, as only renaming inside one file system is atomic; short, as log names come near the limit
+    temporary = path.with_name(f".writing-{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name is in the folder, which has its own cache
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

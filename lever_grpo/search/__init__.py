@@ -1,0 +1,16 @@
+"""The search for demonstrations: encoders, candidate pools, and the beam search over them."""
+
+from .beam_search import SearchConfig, answer_accuracy, beam_search
+from .encoders import default_text_encoder, encode_images, encode_texts
+from .samplers import sample_pools
+
+
+__all__ = [
+    "SearchConfig",
+    "answer_accuracy",
+    "beam_search",
+    "default_text_encoder",
+    "encode_images",
+    "encode_texts",
+    "sample_pools",
+]

@@ -1,0 +1,312 @@
+"""The pool of each query: which candidates a search may put in its prompt.
+
+A pool depends on the query, the candidates and the seed only, so that queries can be divided over processes at will.
+Nearest neighbours are exact up to `EXACT_LIMIT` candidates; above it they come from an HNSW index (`usearch`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..atomic import atomic_file
+from ..data.records import BeamDataError
+
+
+METHODS = ("random", "text_sim", "image_sim")
+EXACT_LIMIT = 100_000  # candidates
+_BLOCK = 1 << 24  # similarities at a time: 64 MB
+_VERSION = 1  # of the pools that stand in caches: raise it when the same inputs give other pools
+
+
+def sample_pools(
+    method: str,
+    query_ids: Sequence[int],
+    candidate_ids: Sequence[int],
+    pool_size: int,
+    *,
+    seed: int = 0,
+    text: NDArray | None = None,
+    image: NDArray | None = None,
+    ratios: Mapping[str, float] | None = None,
+    entities: Mapping[int, str] | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> list[list[int]]:
+    """
+    Chooses the candidates of each query.
+
+    Args:
+        method (`str`):
+            How candidates are chosen:
+
+            * `"random"`: at random;
+            * `"text_sim"`, `"image_sim"`: those with the largest inner product of `text` or `image` rows, nearest
+              first; of equally near ones, those with the smaller id;
+            * `"mix"`: by `ratios`.
+        query_ids, candidate_ids (`list[int]`):
+            Row ids. A query never is in its own pool, and may be a candidate of others. The order of the candidates
+            does not matter.
+        pool_size (`int`):
+            Number of candidates of every query.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the random choices. Each query has its own generator, seeded by this number and its id.
+        text, image (`np.ndarray`, *optional*):
+            Embeddings of shape (N, width), one row a row id (`store["question"]` of an [`EmbeddingStore`]). With rows
+            of unit length the inner product is the cosine.
+        ratios (`dict[str, float]`, *optional*):
+            For `"mix"`: share of the pool by method, filled in this order with candidates that are not in it yet. What
+            the shares leave of 1 is filled at random.
+        entities (`dict[int, str]`, *optional*):
+            What rows are about: a query's pool has no row about the same thing as the query.
+        cache_dir (`str` or `Path`, *optional*):
+            Folder that keeps the pools under a fingerprint of everything they depend on, to be read the next time.
+
+    Returns:
+        `list[list[int]]`: Candidate ids of each query.
+
+    Raises:
+        ValueError: an option is out of range, or embeddings that the method needs are not given.
+        [`BeamDataError`]: a query has fewer candidates than `pool_size`, an id is there twice or has no embedding, or
+            an embedding is not finite.
+        ImportError: there are more than `EXACT_LIMIT` candidates and `usearch` is not installed.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from lever_grpo.search.samplers import sample_pools
+    >>> points = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.8, 0.2]])
+    >>> sample_pools("text_sim", [0, 2], [0, 1, 2, 3], 2, text=points)
+    [[1, 3], [3, 1]]
+    >>> sample_pools("text_sim", [0], [0, 1, 2, 3], 2, text=points, entities={0: "a", 1: "a"})
+    [[3, 2]]
+
+    ```
+    """
+    shares = _shares(method, ratios)
+    if pool_size < 1 or seed < 0:
+        raise ValueError(f"pool_size must be at least 1 and seed not negative, got {pool_size} and {seed}")
+    queries, candidates = _ids("query_ids", query_ids), np.sort(_ids("candidate_ids", candidate_ids))
+    twice = candidates[1:][candidates[1:] == candidates[:-1]]
+    if len(twice):
+        raise BeamDataError(f"candidate_ids: expected each id once, found {_some(twice)} more than once")
+    features = {name: {"text_sim": text, "image_sim": image}[name] for name in shares if name != "random"}
+    for name, rows in features.items():
+        _check_features(name, rows, np.concatenate([queries, candidates]))
+    left_out = _left_out(queries, candidates, entities or {})
+    _check_sizes(queries, candidates, left_out, pool_size)
+    if not len(queries):
+        return []
+
+    path = None
+    if cache_dir is not None:
+        about = (method, shares, pool_size, seed, len(candidates) > EXACT_LIMIT)
+        path = Path(cache_dir, f"pools-{_fingerprint(about, queries, candidates, left_out, features)}.json")
+        if path.exists():
+            return _read_pools(path, len(queries), pool_size)
+
+    rankings = {
+        name: _nearest(np.asarray(rows), queries, candidates, left_out, pool_size) for name, rows in features.items()
+    }
+    ends = np.rint(np.cumsum(list(shares.values())) * pool_size).astype(int).tolist()
+    pools = []
+    for i, query in enumerate(queries.tolist()):
+        pool: dict[int, None] = {}  # an ordered set
+        rng = np.random.default_rng([seed, query])
+        for name, end in [*zip(shares, ends, strict=True), ("random", pool_size)]:
+            if name == "random":
+                # enough for all of them to be left out or in the pool already, but for those that are missing
+                draws = min(len(candidates), max(0, end - len(pool)) + len(left_out[i]) + len(pool))
+                positions = rng.choice(len(candidates), draws, replace=False)
+                ranking = candidates[positions[~np.isin(positions, left_out[i])]].tolist()
+            else:
+                ranking = rankings[name][i]
+            for candidate in ranking:
+                if len(pool) < end:
+                    pool[candidate] = None
+        pools.append(list(pool))
+    if path is not None:
+        with atomic_file(path) as stream:
+            stream.write(json.dumps(pools).encode())
+    return pools
+
+
+def _shares(method: str, ratios: Mapping[str, float] | None) -> dict[str, float]:
+    """Share of the pool by method."""
+    if method not in (*METHODS, "mix"):
+        raise ValueError(f"method must be one of {[*METHODS, 'mix']}, got {method!r}")
+    if (method == "mix") != (ratios is not None):
+        raise ValueError(f"ratios belong to method='mix' and to no other, got method={method!r} and ratios={ratios!r}")
+    shares = {method: 1.0} if ratios is None else dict(ratios)
+    unknown = [name for name in shares if name not in METHODS]
+    if unknown or not shares or not all(share >= 0 for share in shares.values()) or sum(shares.values()) > 1 + 1e-9:
+        raise ValueError(
+            f"ratios must be shares of {list(METHODS)}, not negative and at most 1 together, got {ratios!r}"
+        )
+    return shares
+
+
+def _ids(name: str, values: Sequence[int]) -> NDArray[np.int64]:
+    ids = np.asarray(values)
+    if ids.ndim != 1 or len(ids) and (ids.dtype.kind not in "iu" or ids.min() < 0):
+        raise ValueError(f"{name} must be a list of row ids (whole numbers from 0 on), got {values!r:.100}")
+    return ids.astype(np.int64)
+
+
+def _check_features(name: str, rows: NDArray | None, ids: NDArray[np.int64]) -> None:
+    argument = name.removesuffix("_sim")
+    if rows is None:
+        raise ValueError(
+            f"method {name!r} needs embeddings: pass {argument}=, an array (N, width) with a row a row id"
+        )
+    if rows.ndim != 2 or rows.dtype.kind != "f":
+        raise ValueError(f"{argument} must be floats of shape (N, width), got {rows.dtype} of shape {rows.shape}")
+    outside = ids[(ids < 0) | (ids >= len(rows))]
+    if len(outside):
+        raise BeamDataError(f"{argument}: expected row ids from 0 to {len(rows) - 1}, found {_some(outside)}")
+    used = np.unique(ids)
+    bad = used[~np.isfinite(rows[used]).all(axis=1)]
+    if len(bad):
+        raise BeamDataError(
+            f"{argument}: expected finite numbers, found NaN or infinity in {len(bad)} rows: {_some(bad)}"
+        )
+
+
+def _left_out(
+    queries: NDArray[np.int64], candidates: NDArray[np.int64], entities: Mapping[int, str]
+) -> list[NDArray[np.int64]]:
+    """For each query the positions of candidates that its pool must not have: itself, and rows of its entity."""
+    about = defaultdict(list)
+    position = {}
+    for p, candidate in enumerate(candidates.tolist()):
+        position[candidate] = p
+        if entities.get(candidate) is not None:
+            about[entities[candidate]].append(p)
+    result = []
+    for query in queries.tolist():
+        same = about.get(entities[query], []) if entities.get(query) is not None else []
+        result.append(np.array(sorted({*same, *([position[query]] if query in position else [])}), np.int64))
+    return result
+
+
+def _check_sizes(
+    queries: NDArray[np.int64], candidates: NDArray[np.int64], left_out: list[NDArray[np.int64]], pool_size: int
+) -> None:
+    counts = len(candidates) - np.array([len(positions) for positions in left_out], np.int64)
+    short = np.flatnonzero(counts < pool_size)
+    if len(short):
+        worst = short[counts[short].argmin()]
+        raise BeamDataError(
+            f"{len(short)} of {len(queries)} queries have fewer candidates than pool_size={pool_size}: "
+            f"{_some(queries[short])}; query {queries[worst]} has {counts[worst]} of {len(candidates)}, without "
+            "itself and rows about the same entity; lower pool_size or give more candidates"
+        )
+
+
+def _nearest(
+    features: NDArray,
+    queries: NDArray[np.int64],
+    candidates: NDArray[np.int64],
+    left_out: list[NDArray[np.int64]],
+    size: int,
+) -> list[list[int]]:
+    """The nearest `size` candidates of each query, nearest first.
+
+    A matrix product finds who can be among them, within its rounding error. That error depends on which queries share
+    a block, so their order is decided by products that are summed one pair at a time, in double precision.
+    """
+    if len(candidates) > EXACT_LIMIT:
+        return _nearest_by_index(features, queries, candidates, left_out, size)
+    rows = features[candidates].astype(np.float32)  # (C, D)
+    longest = float(np.linalg.norm(rows, axis=1).max())
+    block = max(1, _BLOCK // len(candidates))
+    nearest = []
+    for start in range(0, len(queries), block):
+        sides = features[queries[start : start + block]].astype(np.float32)  # (B, D)
+        products = sides @ rows.T  # (B, C)
+        # twice the bound of an inner product's rounding error (Higham 2002, section 3.1)
+        error = 2 * rows.shape[1] * np.finfo(np.float32).eps * longest * np.linalg.norm(sides, axis=1)
+        for i, (side, product) in enumerate(zip(sides, products, strict=True), start):
+            product[left_out[i]] = -np.inf
+            least = np.partition(product, -size)[-size] - error[i - start]
+            nearest.append(_in_order(side, rows, candidates, np.flatnonzero(product >= least), size))
+    return nearest
+
+
+def _nearest_by_index(
+    features: NDArray,
+    queries: NDArray[np.int64],
+    candidates: NDArray[np.int64],
+    left_out: list[NDArray[np.int64]],
+    size: int,
+) -> list[list[int]]:
+    """As `_nearest`, approximately: what a query lacks after its own rows are taken out, is searched for exactly."""
+    try:
+        from usearch.index import Index
+    except ImportError as error:
+        raise ImportError(
+            f"{len(candidates)} candidates are more than the {EXACT_LIMIT} that are compared one by one; the index "
+            "for more needs usearch: pip install 'lever_grpo[search]'"
+        ) from error
+    rows = features[candidates].astype(np.float32)  # (C, D)
+    sides = features[queries].astype(np.float32)  # (Q, D)
+    index = Index(ndim=rows.shape[1], metric="ip", dtype="f32", expansion_search=max(256, 4 * size))
+    # one thread: the graph depends on the order in which points come in
+    index.add(np.arange(len(rows)), rows, threads=1)
+    nearest = []
+    for side, out in zip(sides, left_out, strict=True):
+        found = np.setdiff1d(index.search(side, size + len(out), threads=1).keys.astype(np.int64), out)
+        if len(found) < size:
+            found = np.setdiff1d(np.arange(len(rows)), out, assume_unique=True)
+        nearest.append(_in_order(side, rows, candidates, found, size))
+    return nearest
+
+
+def _in_order(
+    side: NDArray, rows: NDArray, candidates: NDArray[np.int64], positions: NDArray[np.int64], size: int
+) -> list[int]:
+    """The nearest `size` of the candidates at these positions, which ascend."""
+    products = (rows[positions].astype(np.float64) * side.astype(np.float64)).sum(axis=1)
+    return candidates[positions[np.argsort(-products, kind="stable")[:size]]].tolist()
+
+
+def _fingerprint(
+    about: tuple,
+    queries: NDArray[np.int64],
+    candidates: NDArray[np.int64],
+    left_out: list[NDArray[np.int64]],
+    features: Mapping[str, Any],
+) -> str:
+    """Digest of everything that pools depend on."""
+    digest = hashlib.sha256(repr((_VERSION, about, [positions.tolist() for positions in left_out])).encode())
+    for ids in (queries, candidates):
+        digest.update(repr(len(ids)).encode() + ids.tobytes())
+    for name, rows in features.items():
+        digest.update(f"{name} {rows.dtype} {rows.shape[1]}".encode())
+        for ids in (queries, candidates):
+            for start in range(0, len(ids), 65_536):
+                digest.update(np.ascontiguousarray(rows[ids[start : start + 65_536]]).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _read_pools(path: Path, queries: int, pool_size: int) -> list[list[int]]:
+    try:
+        pools = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BeamDataError(f"{path}: expected a cache of pools, found invalid JSON ({error}); delete it") from error
+    sizes = [len(pool) for pool in pools]
+    if sizes != [pool_size] * queries:
+        raise BeamDataError(f"{path}: expected {queries} pools of {pool_size} candidates, found others; delete it")
+    return pools
+
+
+def _some(values: NDArray[np.int64]) -> str:
+    return ", ".join(map(str, values[:5].tolist())) + (", …" if len(values) > 5 else "")
