@@ -316,6 +316,17 @@ def test_lines_break_where_the_loss_changes_its_meaning():
     assert panels["Share of clipped ratios"] == []
 
 
+def test_lines_break_where_another_policy_takes_over():
+    """The last point of SFT and the first of RCE stand at one step; the agreement of answers lies between them."""
+    sft = [{"step": step, "eval_greedy_reward": 0.0, "stage": "sft"} for step in (0, 5, 10)]
+    after = [
+        {"step": step, "eval_greedy_reward": 1.0, "stage": stage} for step, stage in ((0, "rce"), (3, "grpo_early"))
+    ]
+    history, _ = _continuous([*sft, *after])
+    panels = {panel.title: _panel_lines(panel, history) for panel in PANELS}
+    assert [steps for steps, _ in panels["Reward of the greedy pick"][0][1]] == [[0, 5, 10], [10, 13]]
+
+
 def test_curves_tolerate_poor_logs():
     for log in ([{"loss": 1.0}], [{"step": 3, "train_runtime": 1.0}], []):
         assert draw_curves(build_report(results(), log_history=log)) is None

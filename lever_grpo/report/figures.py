@@ -331,7 +331,9 @@ def _panel_lines(
             if key is None or unwanted or entry.get(key) is None:
                 continue
             # Validation points are few, and of one kind in all stages but for the losses: the others stay one line.
-            if not segments or (entry["stage"] != stage and (panel.stages is not None or not series.marker)):
+            new_kind = entry["stage"] != stage and (panel.stages is not None or not series.marker)
+            # Two points at one step are two policies: post-training starts from another than the last stage left.
+            if not segments or new_kind or entry["step"] == segments[-1][0][-1]:
                 segments.append(([], []))
             stage = entry["stage"]
             segments[-1][0].append(entry["step"])
