@@ -39,6 +39,7 @@ from .tokens import PromptTokens
 
 
 logger = logging.getLogger(__name__)
+KEPT_CHOICES = 200_000  # prompts of a closed set whose most probable answer `score` remembers for `answer`
 ROW_LENGTH = 256  # tokens of a row of trees: attention costs more in longer rows, shorter ones share less
 
 
@@ -150,6 +151,7 @@ class CausalLMScorer:
         self._tokens = PromptTokens(tokenizer, self.template)
         self.answers = None if answers is None else tuple(answers)
         self._answer_tokens = None if self.answers is None else self._first_tokens(self.answers)
+        self._chosen: dict[tuple[int, ...], int] = {}  # the most probable of `answers`, of prompts that were scored
         self.share_prefixes = share_prefixes and self._can_share()
 
     @classmethod
@@ -220,10 +222,14 @@ class CausalLMScorer:
         """
         jobs = self._jobs(prompts)
         results: dict[_Job, NDArray[np.float64]] = {}
+        if len(self._chosen) > KEPT_CHOICES:
+            self._chosen.clear()
         for batch, logits in self._logits(_queries(jobs, prompts)):
             columns = [self._column(token) for job in batch for token in job.answer]
             targets = torch.tensor(columns, device=logits.device)[:, None]  # (P, 1)
             log_probs = logits.gather(1, targets)[:, 0] - logits.logsumexp(1)  # (P,)
+            if self.answers is not None:  # `answer` is often asked about the same prompts next
+                self._chosen.update(zip((job.prompt for job in batch), logits.argmax(1).tolist(), strict=True))
             ends = np.cumsum([len(job.answer) for job in batch])
             results.update(zip(batch, np.split(log_probs.double().cpu().numpy(), ends[:-1]), strict=True))
         return [None if job is None else results[job].copy() for job in jobs]
@@ -241,8 +247,10 @@ class CausalLMScorer:
         queries = _queries(jobs, prompts)
         texts: dict[_Job, str] = {}
         if self.answers is not None:
-            for batch, logits in self._logits(queries):
-                texts.update(zip(batch, (self.answers[i] for i in logits.argmax(1).tolist()), strict=True))
+            chosen = {job: self._chosen[job.prompt] for job in queries if job.prompt in self._chosen}
+            for batch, logits in self._logits({job: query for job, query in queries.items() if job not in chosen}):
+                chosen.update(zip(batch, logits.argmax(1).tolist(), strict=True))
+            texts = {job: self.answers[i] for job, i in chosen.items()}
         else:
             for batch in _by_length(queries, lambda job: len(job.prompt) + max_new_tokens, self.token_budget):
                 with _naming(queries[job] for job in batch):
