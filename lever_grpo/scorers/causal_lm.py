@@ -197,17 +197,8 @@ class CausalLMScorer:
 
         ```
         """
-        if gguf_file is not None:
-            model, tokenizer = _from_gguf(str(path), gguf_file, revision, cache_dir)
-            if dtype != "auto":
-                model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-            model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        revision = revision or getattr(model.config, "_commit_hash", None)
-        return cls(model.to(device), tokenizer, revision=revision, **options)
+        model, tokenizer, revision = load_language_model(path, gguf_file, revision, dtype, device, cache_dir)
+        return cls(model, tokenizer, revision=revision, **options)
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Prompt]) -> list[NDArray[np.float64] | None]:
@@ -360,8 +351,12 @@ class CausalLMScorer:
         # the end of a padded row needs no mask: causal attention never looks at it
         at = [(i, column) for i, row in enumerate(batch) for _, columns in row.jobs for column in columns]
         with _head_at(self.model, torch.tensor(at, device=self.model.device), self._answer_tokens):
-            inputs = {name: x.to(self.model.device) for name, x in inputs.items()}
+            inputs = {name: x.to(self.model.device) for name, x in self._model_inputs(inputs).items()}
             return self.model(**inputs, use_cache=False).logits[0].float()
+
+    def _model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the model is called with, made of tokens, positions and mask."""
+        return inputs
 
     def _generate(self, prompts: list[tuple[int, ...]], max_new_tokens: int) -> list[str]:
         stop, tokenizer = self.template.stop, self.tokenizer
@@ -379,9 +374,9 @@ class CausalLMScorer:
             pad_token_id=pad,
             eos_token_id=end,
         )
+        inputs = self._model_inputs({"input_ids": ids, "attention_mask": mask})
         generated = self.model.generate(
-            input_ids=ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
+            **{name: x.to(self.model.device) for name, x in inputs.items()},
             generation_config=greedy,
             stopping_criteria=[_Stop(tokenizer, stop, width)] if stop else None,
         )
@@ -485,6 +480,27 @@ def _naming(queries: Iterable[int]) -> Iterator[None]:
     except RuntimeError as error:  # out of memory is one
         names = ", ".join(map(str, sorted(set(queries))))
         raise ScorerError(f"the model failed on a batch with the queries {names}: {error}") from error
+
+
+def load_language_model(
+    path: str | Path,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[Any, Any, str | None]:
+    """Model, tokenizer and revision; the arguments are those of [`CausalLMScorer.from_pretrained`]."""
+    if gguf_file is not None:
+        model, tokenizer = _from_gguf(str(path), gguf_file, revision, cache_dir)
+        if dtype != "auto":
+            model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device), tokenizer, revision or getattr(model.config, "_commit_hash", None)
 
 
 def _from_gguf(path: str, gguf_file: str, revision: str | None, cache_dir: str | Path | None) -> tuple[Any, Any]:

