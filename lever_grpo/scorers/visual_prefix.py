@@ -14,7 +14,8 @@ from torch import Tensor
 from ..data.examples import Example
 from ..data.records import BeamDataError
 from ..models import VisualPrefixForConditionalGeneration, VisualPrefixProcessor, VisualPrefixProjector
-from .causal_lm import CausalLMScorer, load_language_model
+from .causal_lm import CausalLMScorer
+from .loading import load_language_model
 from .prompts import PromptTemplate
 from .protocol import Prompt
 from .tokens import PromptTokens

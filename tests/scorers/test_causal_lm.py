@@ -234,6 +234,17 @@ def test_closed_answers(model, share):
     assert model.lm_head is head and not head._forward_pre_hooks
 
 
+def test_scored_prompts_of_a_closed_set_are_not_computed_again(model, monkeypatch):
+    scorer, prompts = CausalLMScorer(model, TOKENIZER, answers=CLOSED), closed_prompts()
+    fresh = CausalLMScorer(model, TOKENIZER, answers=CLOSED).answer(prompts)
+    scorer.score(prompts[1:])
+    asked, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: asked.append(inputs["input_ids"]) or forward(**inputs))
+    assert scorer.answer(prompts) == fresh
+    (ids,) = asked
+    assert ids.tolist() == [tokens_of(prompts[0])]
+
+
 def tokens_of(prompt: Prompt) -> list[int]:
     template = PromptTemplate()
     pieces = [template.text([demonstration], Example(0, "", ("x",))) for demonstration in prompt.demonstrations]
