@@ -52,8 +52,8 @@ def _from_gguf(path: str, gguf_file: str, revision: str | None, cache_dir: str |
         )
         model = type(packed)(config)
         model.load_state_dict(packed.state_dict())
-        model.config._name_or_path = Path(gguf_file).stem
         if cache_dir is None:
+            model.config._name_or_path = Path(gguf_file).stem
             return model, tokenizer
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir) as unfinished:
@@ -64,4 +64,6 @@ def _from_gguf(path: str, gguf_file: str, revision: str | None, cache_dir: str |
             except OSError:
                 if not folder.exists():  # else another process was first, with the same weights
                     raise
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.config._name_or_path = Path(gguf_file).stem  # the same, from whatever folder
+    return model, AutoTokenizer.from_pretrained(folder)
