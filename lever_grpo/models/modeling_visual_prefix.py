@@ -35,9 +35,12 @@ class VisualPrefixConfig(PreTrainedConfig):
             Width of the projector's hidden layer.
         num_image_tokens (`int`, *optional*, defaults to `2`):
             Soft tokens T of an image.
+        image_encoder (`str`, *optional*):
+            The encoder of [`encode_images`] whose features the projector was trained with: a folder or a Hub id; by
+            default the packaged EfficientNet-lite0.
 
     Raises:
-        ValueError: if `text_width` is not that of the language model.
+        ValueError: if `text_width` is not that of the language model, or there is no token.
 
     Example:
 
@@ -59,8 +62,11 @@ class VisualPrefixConfig(PreTrainedConfig):
         text_width: int = 576,
         projector_width: int = 512,
         num_image_tokens: int = 2,
+        image_encoder: str | None = None,
         **kwargs: Any,
     ):
+        if num_image_tokens < 1:
+            raise ValueError(f"num_image_tokens={num_image_tokens}: an image needs at least 1.")
         if isinstance(text_config, dict):
             text_config = CONFIG_MAPPING[text_config["model_type"]](**text_config)
         if text_config is not None and text_config.hidden_size != text_width:
@@ -73,6 +79,7 @@ class VisualPrefixConfig(PreTrainedConfig):
         self.text_width = text_width
         self.projector_width = projector_width
         self.num_image_tokens = num_image_tokens
+        self.image_encoder = image_encoder
         super().__init__(**kwargs)
 
 
@@ -158,6 +165,11 @@ class VisualPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _no_split_modules: list[str] = []
 
     def __init__(self, config: VisualPrefixConfig, language_model: Any = None):
+        if config.text_config is None:
+            raise ValueError(
+                "text_config=None: the folder holds a projector alone; load it by VisualPrefixProjector and join it "
+                "with a language model by from_parts."
+            )
         super().__init__(config)
         self.projector = VisualPrefixProjector(config)
         if language_model is None:
@@ -169,17 +181,22 @@ class VisualPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_parts(cls, language_model: Any, projector: VisualPrefixProjector) -> VisualPrefixForConditionalGeneration:
         """The two parts as one model; neither is copied. The language model is frozen, and decides on the dtype."""
-        widths = {
+        options = {
             name: getattr(projector.config, name)
-            for name in ("feature_width", "text_width", "projector_width", "num_image_tokens")
+            for name in ("feature_width", "text_width", "projector_width", "num_image_tokens", "image_encoder")
         }
         attention = language_model.config._attn_implementation  # a config hands its own down to its parts
-        config = VisualPrefixConfig(text_config=language_model.config, attn_implementation=attention, **widths)
+        config = VisualPrefixConfig(text_config=language_model.config, attn_implementation=attention, **options)
         with torch.device("meta"):  # the projector that __init__ makes is thrown away
             model = cls(config, language_model)
-        model.projector = projector
+        model.projector = projector.to(language_model.device)
         language_model.requires_grad_(False)
         return model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the language model; the projector may be finer."""
+        return self.language_model.dtype
 
     def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()

@@ -16,7 +16,7 @@ class VisualPrefixProcessor(ProcessorMixin):
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
             The language model's own.
-        vocab_size (`int`, *optional*, defaults to `49152`):
+        vocab_size (`int`):
             Size of the language model's vocabulary: the tokens of images come after it.
         num_image_tokens (`int`, *optional*, defaults to `2`):
             Soft tokens of an image.
@@ -29,7 +29,7 @@ class VisualPrefixProcessor(ProcessorMixin):
     >>> from lever_grpo.models import VisualPrefixProcessor
     >>> from transformers import AutoTokenizer
     >>> tokenizer = AutoTokenizer.from_pretrained("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
-    >>> processor = VisualPrefixProcessor(tokenizer)  # doctest: +SKIP
+    >>> processor = VisualPrefixProcessor(tokenizer, vocab_size=49152)  # doctest: +SKIP
     >>> inputs = processor(images=["shapes.png"], text=["<image>what shape is this?"])  # doctest: +SKIP
 
     ```
@@ -42,17 +42,17 @@ class VisualPrefixProcessor(ProcessorMixin):
     def __init__(
         self,
         tokenizer: Any = None,
-        vocab_size: int = 49152,
+        vocab_size: int = 0,
         num_image_tokens: int = 2,
         image_encoder: str | None = None,
         **kwargs: Any,
     ):
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size={vocab_size}: give that of the language model's embeddings.")
         super().__init__(tokenizer, **kwargs)
         self.vocab_size, self.num_image_tokens, self.image_encoder = vocab_size, num_image_tokens, image_encoder
 
-    def __call__(
-        self, images: Sequence[Any] | None = None, text: str | Sequence[str] | None = None, **kwargs: Any
-    ) -> BatchFeature:
+    def __call__(self, images: Sequence[Any] | None = None, text: str | Sequence[str] | None = None) -> BatchFeature:
         """
         Texts, padded on the left, in which `<image>` stands for the next of the images.
 
@@ -100,11 +100,11 @@ class VisualPrefixProcessor(ProcessorMixin):
         start = self.vocab_size + number * self.num_image_tokens
         return list(range(start, start + self.num_image_tokens))
 
-    def image_features(self, images: Sequence[Any]) -> torch.Tensor:
-        """Features of images, (N, F)."""
+    def image_features(self, images: Sequence[Any], device: str | torch.device | None = None) -> torch.Tensor:
+        """Features of images, (N, F): one by one, so that those of an image are the same beside whatever others."""
         from ..search.encoders import encode_images
 
-        return torch.from_numpy(encode_images(images, self.image_encoder))
+        return torch.from_numpy(encode_images(images, self.image_encoder, batch_size=1, device=device))
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         return self.tokenizer.batch_decode(*args, **kwargs)

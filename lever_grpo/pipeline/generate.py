@@ -65,6 +65,8 @@ def generate(arguments: GenerateArguments, scorer: Scorer | None = None) -> Path
     output = Path(arguments.output_dir)
     log = output / arguments.log_name
     rows = {row.id: row for row in load_rows(arguments)}
+    if arguments.scorer == "visual_prefix" and all(row.image is None for row in rows.values()):
+        raise ValueError("scorer='visual_prefix' reads images, and no row of the task has one; see `load_examples`.")
     queries, candidates = choose_queries(arguments, list(rows.values()))
     batches = [queries[i : i + arguments.batch_queries] for i in range(0, len(queries), arguments.batch_queries)]
     shards = {output / "shards" / f"{index:05d}.jsonl": batch for index, batch in enumerate(batches)}

@@ -182,8 +182,15 @@ class GenerateArguments:
             raise ValueError(f"log_name={self.log_name!r} must be a file name that ends on .jsonl or .parquet.")
         if self.answers is not None and self.scorer not in LOCAL_TEXT:
             raise ValueError(f"answers are a closed set for {' and '.join(LOCAL_TEXT)} only, not for {self.scorer!r}.")
-        if self.projector is not None and self.scorer != "visual_prefix":
-            raise ValueError(f"projector={self.projector!r} belongs to scorer='visual_prefix', not {self.scorer!r}.")
+        for name, owner in (("projector", "visual_prefix"), ("url", "vllm"), ("tokenizer", "vllm")):
+            if getattr(self, name) is not None and self.scorer != owner:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} belongs to scorer={owner!r}, not {self.scorer!r}; leave it out."
+                )
+        if self.model is None and (self.gguf_file or self.revision):
+            raise ValueError(
+                f"gguf_file={self.gguf_file!r} and revision={self.revision!r} are of a model; name it by model."
+            )
         _ = self.search, self.template, self.shares  # wrong values are named at once
 
     @property

@@ -61,8 +61,10 @@ def make_pools(
     Raises:
         ValueError: if a query has no pool in `candidate_pools`, or no pool has candidates for `num_shots`.
     """
-    given = arguments.candidate_pools is not None
-    pools = _given_pools(arguments, rows, queries) if given else _sampled_pools(arguments, rows, queries, candidates)
+    if arguments.candidate_pools is not None:
+        pools = _given_pools(arguments, queries, candidates)
+    else:
+        pools = _sampled_pools(arguments, rows, queries, candidates)
     largest = max(map(len, pools))
     if largest < arguments.num_shots:
         raise ValueError(
@@ -72,14 +74,14 @@ def make_pools(
     return pools
 
 
-def _given_pools(arguments: GenerateArguments, rows: dict[int, Example], queries: Sequence[int]) -> list[list[int]]:
-    source = PoolSource(str(arguments.candidate_pools))
+def _given_pools(arguments: GenerateArguments, queries: Sequence[int], candidates: Sequence[int]) -> list[list[int]]:
+    source, allowed = PoolSource(str(arguments.candidate_pools)), set(candidates)
     pools = []
     for query in queries:
         pool = source(query)
-        unknown = None if pool is None else [i for i in pool if i not in rows]
+        unknown = None if pool is None else [i for i in pool if i not in allowed]
         if pool is None or unknown:
-            found = "no pool" if pool is None else f"ids that the task does not have, {unknown}"
+            found = "no pool" if pool is None else f"ids that the task does not have or holds out, {unknown}"
             raise ValueError(f"{arguments.candidate_pools}: query {query}: expected its candidates, found {found}.")
         pools.append(pool)
     return pools
@@ -165,9 +167,7 @@ def make_scorer(arguments: GenerateArguments, state: PartialState) -> Scorer:
     if arguments.scorer == "visual_prefix":
         from ..scorers.visual_prefix import VisualPrefixScorer
 
-        return VisualPrefixScorer.from_pretrained(
-            model, projector=arguments.projector, image_encoder=arguments.image_encoder, **options
-        )
+        return VisualPrefixScorer.from_pretrained(model, projector=arguments.projector, **options)
     from ..scorers.causal_lm import CausalLMScorer
 
     return CausalLMScorer.from_pretrained(model, **options)

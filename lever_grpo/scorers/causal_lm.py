@@ -167,9 +167,9 @@ class CausalLMScorer:
             `ScorerError`: if the model fails (out of memory, say); the message names the queries of the batch.
         """
         jobs = self._jobs(prompts)
-        results: dict[Job, NDArray[np.float64]] = {}
-        if len(self._chosen) > KEPT_CHOICES:
+        if len(self._chosen) > KEPT_CHOICES:  # nobody asks for answers
             self._chosen.clear()
+        results: dict[Job, NDArray[np.float64]] = {}
         for batch, logits in self._logits(_queries(jobs, prompts)):
             columns = [self._column(token) for job in batch for token in job.answer]
             targets = torch.tensor(columns, device=logits.device)[:, None]  # (P, 1)
@@ -197,6 +197,7 @@ class CausalLMScorer:
             for batch, logits in self._logits({job: query for job, query in queries.items() if job not in chosen}):
                 chosen.update(zip(batch, logits.argmax(1).tolist(), strict=True))
             texts = {job: self.answers[i] for job, i in chosen.items()}
+            self._chosen.clear()  # else how the rest is packed would depend on what was asked long before
         else:
             for batch in batches_by_length(queries, lambda job: len(job.prompt) + max_new_tokens, self.token_budget):
                 with _naming(queries[job] for job in batch):

@@ -24,7 +24,10 @@ def load_language_model(
     if gguf_file is not None:
         model, tokenizer = _from_gguf(str(path), gguf_file, revision, cache_dir)
         if dtype != "auto":
-            model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+            if not isinstance(wanted, torch.dtype):
+                raise ValueError(f"dtype={dtype!r} must be auto, float32, bfloat16 or float16.")
+            model = model.to(wanted)
     else:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)

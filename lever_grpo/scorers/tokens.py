@@ -32,7 +32,7 @@ class PromptTokens:
         start = tokenizer.bos_token_id
         # not every tokenizer that has a beginning-of-sequence token adds it
         adds_start = start is not None and tokenizer("a").input_ids[:1] == [start]
-        self._start: tuple[int, ...] = (start,) if adds_start else ()
+        self.start: tuple[int, ...] = (start,) if adds_start else ()
 
     def of_prompts(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         """Everything before the answer of each prompt's query."""
@@ -46,7 +46,7 @@ class PromptTokens:
         return [
             tuple(
                 chain(
-                    self._start,
+                    self.start,
                     instruction,
                     *(self.of_image(shot) + of_shot[id(shot)] for shot in prompt.demonstrations),
                     self.of_image(prompt.query) + query,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from ..data.examples import Example
+from ..data.images import open_image
 from .prompts import PromptTemplate
 from .protocol import Prompt, ScorerError
 
@@ -122,7 +122,7 @@ class VisionLanguageScorer:
         limits = (max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         self.max_length = min((limit for limit in limits if limit is not None), default=None)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._open = lru_cache(maxsize=WINDOW)(_open_image)  # demonstrations come again and again
+        self._open = lru_cache(maxsize=WINDOW)(open_image)  # demonstrations come again and again
 
     @classmethod
     def from_pretrained(
@@ -356,17 +356,6 @@ class VisionLanguageScorer:
             x = torch.cat(rows).to(self.model.device)
             batch[name] = x.to(self.model.dtype) if x.is_floating_point() else x
         return batch
-
-
-def _open_image(image: Path | bytes) -> Any:
-    """The decoded image in RGB."""
-    from PIL import Image  # only tasks with images need it
-
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return opened.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from error
 
 
 def _reason(error: Exception) -> str:

@@ -65,9 +65,15 @@ class VisualPrefixScorer(CausalLMScorer):
         **options: Any,
     ):
         self.processor = processor
-        self._contents: dict[Path | bytes, str | None] = {}  # digests of images; None: cannot be read
-        self._numbers: dict[str, int | None] = {}  # of their features, by digest; None: cannot be decoded
-        self._features = torch.empty(0, model.config.feature_width)
+        self._numbers: dict[Path | bytes, int | None] = {}  # of images; None: cannot be read
+        # by number, which is made of the content: how prompts are packed must not depend on what was seen before
+        self._features: dict[int, Tensor | None] = {}  # None: cannot be decoded
+        wanted = (model.config.text_config.vocab_size, model.config.num_image_tokens)
+        if (processor.vocab_size, processor.num_image_tokens) != wanted:
+            raise ValueError(
+                f"the processor has vocab_size={processor.vocab_size} and num_image_tokens="
+                f"{processor.num_image_tokens}, the model needs {wanted[0]} and {wanted[1]}; make it with these."
+            )
         super().__init__(model, processor.tokenizer, template, **options)
         self._tokens = _ImagePromptTokens(self)
 
@@ -77,7 +83,6 @@ class VisualPrefixScorer(CausalLMScorer):
         path: str | Path,
         *,
         projector: str | Path | None = None,
-        image_encoder: str | None = None,
         gguf_file: str | None = None,
         revision: str | None = None,
         dtype: str | torch.dtype = "auto",
@@ -94,17 +99,23 @@ class VisualPrefixScorer(CausalLMScorer):
             projector (`str` or `Path`, *optional*):
                 Folder or Hub id of a [`VisualPrefixProjector`]; by default the packaged one, for
                 SmolLM2-135M-Instruct.
-            image_encoder (`str`, *optional*):
-                Encoder of [`encode_images`] that the projector was trained with; by default the packaged one.
             **options:
                 Further arguments of [`CausalLMScorer`].
         """
         language_model, tokenizer, revision = load_language_model(path, gguf_file, revision, dtype, device, cache_dir)
+        if projector is None and not PACKAGED_PROJECTOR.is_dir():
+            raise FileNotFoundError(
+                f"{PACKAGED_PROJECTOR}: there is no packaged projector; train one with recipes/train_visual_prefix.py "
+                "and name it by projector."
+            )
         projector = PACKAGED_PROJECTOR if projector is None else projector
         network = VisualPrefixProjector.from_pretrained(projector).to(language_model.device)
         model = VisualPrefixForConditionalGeneration.from_parts(language_model, network)
         processor = VisualPrefixProcessor(
-            tokenizer, language_model.config.vocab_size, network.config.num_image_tokens, image_encoder
+            tokenizer,
+            language_model.config.vocab_size,
+            network.config.num_image_tokens,
+            network.config.image_encoder,
         )
         return cls(model, processor, revision=revision, **options)
 
@@ -135,50 +146,58 @@ class VisualPrefixScorer(CausalLMScorer):
         return jobs
 
     def number_of(self, image: Path | bytes) -> int | None:
-        """Which of the encoded images it is; `None` if it cannot be read."""
-        content = self._contents[image]
-        return None if content is None else self._numbers[content]
+        """The number of an image that was seen; `None` if it cannot be read."""
+        number = self._numbers[image]
+        return None if number is None or self._features[number] is None else number
 
     def _see(self, prompts: Sequence[Prompt]) -> None:
         """Encodes the images that are new."""
         rows = {id(row): row for prompt in prompts for row in (prompt.query, *prompt.demonstrations)}.values()
-        new: dict[str, Path | bytes] = {}
-        for image in {row.image: None for row in rows if row.image is not None and row.image not in self._contents}:
+        new: dict[int, Path | bytes] = {}
+        for image in {row.image: None for row in rows if row.image is not None and row.image not in self._numbers}:
             try:
-                content = hashlib.sha256(image if isinstance(image, bytes) else image.read_bytes()).hexdigest()
+                content = image if isinstance(image, bytes) else image.read_bytes()
             except OSError as error:
                 logger.warning("%s", error)
-                self._contents[image] = None
+                self._numbers[image] = None
                 continue
-            self._contents[image] = content
-            if content not in self._numbers:
-                new[content] = image
-        for content, features in zip(new, self._encoded(list(new.values())), strict=True):
-            self._numbers[content] = None if features is None else len(self._features)
-            if features is not None:
-                self._features = torch.cat([self._features, features[None]])
+            # 6 bytes: with the soft tokens after the vocabulary, ids stay within 64 bits
+            number = int.from_bytes(hashlib.sha256(content).digest()[:6], "big")
+            self._numbers[image] = number
+            if number not in self._features:
+                new[number] = image
+        self._features.update(zip(new, self._encoded(list(new.values())), strict=True))
 
     def _encoded(self, images: list[Path | bytes]) -> list[Tensor | None]:
         """Features of each image; `None` where it cannot be decoded."""
         if not images:
             return []
         try:
-            return list(self.processor.image_features(images))
+            features = self.processor.image_features(images, self.model.device)
         except BeamDataError as error:
             if len(images) == 1:
                 logger.warning("%s", error)
                 return [None]
-            return [features for image in images for features in self._encoded([image])]
+            half = len(images) // 2
+            return self._encoded(images[:half]) + self._encoded(images[half:])
+        if features.shape[1] != self.model.config.feature_width:
+            raise ValueError(
+                f"the image encoder {self.processor.image_encoder or 'efficientnet-lite0'} gives features "
+                f"{features.shape[1]} wide, and the projector reads {self.model.config.feature_width}; name the "
+                "encoder that it was trained with."
+            )
+        return list(features)
 
     def _model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The images of a batch are numbered anew, so that only they are projected."""
+        """The images of a batch are numbered anew, from 0."""
         ids, vocab, each = inputs["input_ids"], self.processor.vocab_size, self.processor.num_image_tokens
         soft = ids >= vocab
         if not soft.any():
             return inputs
         numbers, local = torch.unique((ids[soft] - vocab) // each, return_inverse=True)
         renumbered = ids.masked_scatter(soft, vocab + local * each + (ids[soft] - vocab) % each)
-        return {**inputs, "input_ids": renumbered, "image_features": self._features[numbers]}
+        shown = [features for number in numbers.tolist() if (features := self._features[number]) is not None]
+        return {**inputs, "input_ids": renumbered, "image_features": torch.stack(shown)}
 
 
 class _ImagePromptTokens(PromptTokens):

@@ -8,7 +8,6 @@ EfficientNet-lite0 for images. All embeddings are float32 and have unit length.
 from __future__ import annotations
 
 import importlib.util
-import io
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+from ..data.images import open_image
 from ..data.records import BeamDataError
 
 
@@ -162,7 +162,7 @@ def encode_images(
         pictures = []
         for i in rows:
             try:
-                pictures.append(_open(images[i]))
+                pictures.append(open_image(images[i]))
             except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
                 broken[i] = f"image {i}{_named(images[i])} ({error})"
         # after the first broken one the rest is only looked at
@@ -268,15 +268,6 @@ def _packaged_features(device: str | torch.device | None) -> Callable[[list[Any]
         return network.extract_features(pixels).mean((2, 3))  # (B, 1280)
 
     return features
-
-
-def _open(image: Any) -> Any:
-    """The image as RGB, upright, decoded to the end."""
-    from PIL import Image, ImageOps
-
-    if not isinstance(image, Image.Image):
-        image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _named(image: Any) -> str:

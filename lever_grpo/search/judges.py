@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import string
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 from ..data.examples import Example
@@ -10,6 +10,8 @@ from ..metrics.cider import Cider
 
 
 ANNOTATORS = 10  # from so many reference answers on, a right answer is one that three of them gave
+
+_PUNCTUATION = re.compile(r",(?=\d{3})|[^\w\s](?!\d)")  # that of -5 and 3.5 stays
 
 Judge = Callable[[str, Sequence[str]], float]  # answer, references -> what the answer is worth
 COLUMNS = {"accuracy": "correct", "cider": "cider"}  # judge: where the log has it
@@ -63,6 +65,8 @@ def answer_accuracy(answer: str, references: Sequence[str]) -> float:
     >>> from lever_grpo.search import answer_accuracy
     >>> answer_accuracy("The Cat.", ["dog", "cat"]), answer_accuracy("cow", ["cat"]), answer_accuracy("a", ["A"])
     (1.0, 0.0, 1.0)
+    >>> answer_accuracy("3.5", ["35"]), answer_accuracy("1,000", ["1000"]), answer_accuracy("-", ["+"])
+    (0.0, 1.0, 0.0)
     >>> round(answer_accuracy("cat", ["cat"] * 2 + ["dog"] * 8), 3)
     0.667
 
@@ -73,5 +77,5 @@ def answer_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def _normal(text: str) -> str:
-    words = text.lower().translate(str.maketrans("", "", string.punctuation)).split()
+    words = _PUNCTUATION.sub("", text.lower()).split() or text.lower().split()  # of "+" nothing would be left
     return " ".join([word for word in words if word not in ("a", "an", "the")] or words)

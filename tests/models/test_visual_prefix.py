@@ -70,15 +70,30 @@ def test_generation_reads_images(model):
     assert generated.tolist() == ids.tolist()
 
 
+def test_parts_stay_as_they_are(model):
+    text, ids = language_model(), torch.tensor([[3, 4, 5]])
+    before = text(ids).logits
+    whole = VisualPrefixForConditionalGeneration.from_parts(text.bfloat16(), model.projector)
+    assert whole.dtype == torch.bfloat16 and model.projector.dtype == torch.float32
+    torch.testing.assert_close(whole.language_model.float()(ids).logits, before, atol=2e-2, rtol=0)
+
+
+def test_a_projector_alone_is_no_model(model, tmp_path):
+    model.projector.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a projector alone"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="num_image_tokens=0: an image needs at least 1"):
+        VisualPrefixConfig(num_image_tokens=0)
+
+
 def test_save_and_load(model, tmp_path):
+    model.projector.feature_mean += 0.5
     expected = model(IDS, IMAGES).logits
     model.save_pretrained(tmp_path / "whole")
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole").eval()
     assert isinstance(whole, VisualPrefixForConditionalGeneration)
     torch.testing.assert_close(whole(IDS, IMAGES).logits, expected)
 
-    model.projector.feature_mean += 0.5
-    expected = model(IDS, IMAGES).logits
     model.projector.save_pretrained(tmp_path / "projector")
     assert (tmp_path / "projector" / "model.safetensors").stat().st_size < 20_000
     projector = VisualPrefixProjector.from_pretrained(tmp_path / "projector")
@@ -96,7 +111,7 @@ def test_widths_must_agree():
 class Encoder(VisualPrefixProcessor):
     """Features without an image encoder: what is given as an image."""
 
-    def image_features(self, images):
+    def image_features(self, images, device=None):
         return torch.stack(images)
 
 

@@ -27,7 +27,7 @@ class MeanColour(VisualPrefixProcessor):
 
     calls = 0
 
-    def image_features(self, images):
+    def image_features(self, images, device=None):
         self.calls += 1
         rows = []
         for image in images:
@@ -63,7 +63,7 @@ def row(i: int, image=True) -> Example:
     return Example(i, f"what colour {i}?", (["cat", "bon", "emu"][i % 3],), image=picture)
 
 
-def reference(model, prompt: Prompt) -> np.ndarray:
+def reference(model, prompt: Prompt, answers: list[int] | None = None) -> np.ndarray:
     """Embeddings laid side by side, one prompt at a time."""
     embed = model.get_input_embeddings()
     pieces = [*((shot, f"{shot.question} {shot.answers[0]}\n") for shot in prompt.demonstrations)]
@@ -71,9 +71,9 @@ def reference(model, prompt: Prompt) -> np.ndarray:
     embeds = [embed(torch.tensor([0]))]
     for example, text in pieces:
         if example.image is not None:
-            embeds.append(model.projector(MeanColour(TOKENIZER).image_features([example.image]))[0])
+            embeds.append(model.projector(MeanColour(TOKENIZER, len(TOKENIZER)).image_features([example.image]))[0])
         embeds.append(embed(torch.tensor(TOKENIZER(text, add_special_tokens=False).input_ids)))
-    answer = TOKENIZER(" " + prompt.query.answers[0], add_special_tokens=False).input_ids
+    answer = answers or TOKENIZER(" " + prompt.query.answers[0], add_special_tokens=False).input_ids
     embeds.append(embed(torch.tensor(answer)))
     with torch.no_grad():
         log_probs = model.language_model(inputs_embeds=torch.cat(embeds)[None]).logits[0].double().log_softmax(-1)
@@ -110,8 +110,12 @@ def test_answers(model):
     closed = scorer_of(model, answers=["cat", "bon", "emu"])
     scores, answers = closed.score(PROMPTS), closed.answer(PROMPTS)
     assert scorer_of(model, answers=["cat", "bon", "emu"]).answer(PROMPTS) == answers
+    first = [TOKENIZER(f" {x}", add_special_tokens=False).input_ids[0] for x in ("cat", "bon", "emu")]
     for prompt, score, answer in zip(PROMPTS, scores, answers, strict=True):
-        assert (score[0] > np.log(0.5)) <= (answer == prompt.query.answers[0])
+        logits = torch.tensor([float(reference(model, prompt, answers=[token])[0]) for token in first])
+        assert answer == ("cat", "bon", "emu")[int(logits.argmax())]
+        chosen = ("cat", "bon", "emu").index(prompt.query.answers[0])
+        assert score[0] == pytest.approx(float(logits.log_softmax(0)[chosen]), abs=1e-4)
 
 
 def test_an_image_is_encoded_once(model):
@@ -133,6 +137,45 @@ def test_broken_images(model, tmp_path, caplog):
     assert "query 20 was not asked: the images of [20]" in caplog.text
     assert "query 2 was not asked: the images of [21]" in caplog.text
     np.testing.assert_allclose(scores[0], reference(model, prompts[0]), atol=1e-4)
+
+
+def test_what_was_seen_before_does_not_matter(model):
+    fresh, worn = scorer_of(model), scorer_of(model)
+    worn.score([Prompt(row(3), (row(1),)), Prompt(row(2))])
+    for one, other in zip(fresh.score(PROMPTS), worn.score(PROMPTS), strict=True):
+        assert one.tolist() == other.tolist()
+
+
+def test_half_precision(model):
+    expected = scorer_of(model).score(PROMPTS)
+    model.language_model.bfloat16()
+    scorer = scorer_of(model)
+    assert scorer.share_prefixes and scorer.describe()["dtype"] == "bfloat16"
+    for one, other in zip(scorer.score(PROMPTS), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=0.3)
+
+
+def test_parts_must_fit(model):
+    with pytest.raises(ValueError, match="vocab_size=300 and num_image_tokens=2, the model needs 265 and 2"):
+        VisualPrefixScorer(model, MeanColour(TOKENIZER, 300), TEMPLATE)
+
+    class Wide(MeanColour):
+        def image_features(self, images, device=None):
+            return torch.zeros(len(images), 5)
+
+    with pytest.raises(ValueError, match="features 5 wide, and the projector reads 3"):
+        VisualPrefixScorer(model, Wide(TOKENIZER, len(TOKENIZER)), TEMPLATE).score(PROMPTS)
+
+
+def test_from_pretrained(model, tmp_path):
+    expected = scorer_of(model).score([PROMPTS[-2]])
+    model.language_model.save_pretrained(tmp_path / "text")
+    TOKENIZER.save_pretrained(tmp_path / "text")
+    model.projector.save_pretrained(tmp_path / "projector")
+    options = {"dtype": "float32", "template": TEMPLATE}
+    scorer = VisualPrefixScorer.from_pretrained(tmp_path / "text", projector=tmp_path / "projector", **options)
+    scorer.processor.image_features = MeanColour(TOKENIZER, 1).image_features
+    np.testing.assert_allclose(scorer.score([PROMPTS[-2]]), expected, atol=1e-5)
 
 
 def test_describe_knows_the_projector(model):
