@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import save_file
@@ -58,6 +59,13 @@ def write_log(source: Path, target: Path) -> int:
         table = load_beams(source, cache_dir=cache).data.table.combine_chunks()
         # all empty, all "search", all zero: what load_beams fills in by itself
         table = table.drop_columns(["shot_scores", "source", "notes"]).replace_schema_metadata(None)
+        scores, columns = (table[name].combine_chunks() for name in ("scores", "columns"))
+        rounded = pa.ListArray.from_arrays(scores.offsets, pc.round(scores.values, 5))
+        kept = [field.name for field in columns.type if field.name != "log_prob"]  # the scores once more
+        table = table.set_column(table.column_names.index("scores"), "scores", rounded)
+        if len(kept) < columns.type.num_fields:
+            judged = pa.StructArray.from_arrays([columns.field(name) for name in kept], names=kept)
+            table = table.set_column(table.column_names.index("columns"), "columns", judged)
         # scores are absolute and rounded to five decimals: dictionary and split pages both lose against plain zstd
         # here
         pq.write_table(table, target, compression="zstd", compression_level=19, write_statistics=False)

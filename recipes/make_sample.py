@@ -223,16 +223,15 @@ def pack(task: str, rows: list[dict[str, Any]], found: dict[str, np.ndarray], fo
     if task == "supersense":
         model, file = default_model()
         found["hidden"] = hidden_states([f"{row['question']}:" for row in rows], Path(model, file), fit_rows)
+    # texts as they are: the search ranked its pools by them
+    for name in found.keys() - {"question"}:
+        found[name], report[name] = reduce_width(found[name], fit_rows)
     answers = sorted(set(columns["answer"]))
     encoded = dict(zip(answers, encode_texts(answers), strict=True))
-    # in one space with the questions: a question may be near its answer
-    found["question"] = np.concatenate([found["question"], np.stack([encoded[a] for a in columns["answer"]])])
+    found["answer"] = np.stack([encoded[answer] for answer in columns["answer"]])
     tensors: dict[str, np.ndarray] = {}
     for name, array in found.items():
-        reduced, report[name] = reduce_width(array, fit_rows)
-        tensors |= store_once(name, reduced[: len(rows)])
-        if name == "question":
-            tensors |= store_once("answer", reduced[len(rows) :])
+        tensors |= store_once(name, array.astype(np.float16))
     save_file(tensors, str(target / "embeddings.safetensors"))
     report["bytes"] = {file.name: file.stat().st_size for file in sorted(target.iterdir())}
     print(orjson.dumps({task: report}, option=orjson.OPT_INDENT_2).decode())
