@@ -1,4 +1,4 @@
-"""The packaged sample: three small tasks, scored by a real language model. See `sample/README.md`."""
+"""The packaged sample: four small tasks, scored by a real language model. See `sample/README.md`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _TEXT = ("question", "question_answer", "answer")
 # what the query side and the candidate side see, and what the search ranked its pools by; the rest of the folder
 # speaks for itself
 _FEATURES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "supersense": (("question", "hidden"), ("question", "answer", "hidden"), ("question",)),
     "emoji": (("question", "image", "hidden"), (*_TEXT, "image", "hidden"), ("question",)),
     "country_facts": (("question", "hidden"), (*_TEXT, "hidden"), ("question",)),
     "easy_vqa": (("question", "image"), (*_TEXT, "image"), ("question", "image")),
@@ -56,13 +57,13 @@ class SampleTask:
 
     @property
     def splits(self) -> dict[str, Path]:
-        """Path of each split's beam log. `validation` is there for `emoji` only."""
+        """Path of each split's beam log. `validation` is not there for every task."""
         paths = {name: self.folder / f"{name}.parquet" for name in ("train", "validation", "heldout")}
         return {name: path for name, path in paths.items() if path.exists()}
 
     @property
     def train(self) -> Path:
-        """Beam log of the training queries: every single, and the pairs that extend the best five."""
+        """Beam log of the training queries: every single, pairs that extend the best, in `supersense` also others."""
         return self.folder / "train.parquet"
 
     @property
@@ -103,7 +104,7 @@ def list_samples() -> list[str]:
     ```python
     >>> from lever_grpo.data import list_samples
     >>> list_samples()
-    ['emoji', 'country_facts', 'easy_vqa']
+    ['supersense', 'emoji', 'country_facts', 'easy_vqa']
 
     ```
     """

@@ -9,7 +9,9 @@ from lever_grpo.data import SampleTask, inspect_log, list_samples, load_beams, l
 from lever_grpo.data.sample import SAMPLE_FOLDER
 
 
+BEAMS = {"supersense": 3}
 HELDOUT = {  # similarity, mean of all pairs, best pair
+    "supersense": (-2.1730302, -2.4596839, -0.1065577),
     "emoji": (-1.4137235, -2.871493, -0.356111),
     "country_facts": (-1.2454852, -1.68993, -0.812012),
     "easy_vqa": (-0.8877088, -1.979987, -0.354563),
@@ -40,7 +42,13 @@ def test_heldout_queries_are_nowhere_else(task, tmp_path):
         assert not queries["heldout"] & {i for pool in groups["candidate_ids"] for i in pool}
     assert sum(map(len, queries.values())) == len(set().union(*queries.values()))  # no query is in two splits
     train = splits["train"]
-    assert sum(train[0]["survived"]) == 5 and len(train[0]["scores"]) == 91
+    beams = BEAMS.get(task.name, 5)
+    searched = 16 + 15 * beams
+    assert sum(train[0]["survived"]) == beams
+    if task.name == "supersense":  # random pairs that the search had scored already are there once
+        assert {len(row["scores"]) - searched for row in train} <= set(range(10, 25))
+    else:
+        assert len(train[0]["scores"]) == searched
 
 
 def test_embeddings_and_rows_belong_to_the_log(task, tmp_path):
@@ -77,7 +85,7 @@ def test_lever_lm_example_agrees_with_the_log(tmp_path):
 
 
 def test_sample_is_small_and_described():
-    assert sum(path.stat().st_size for path in SAMPLE_FOLDER.rglob("*") if path.is_file()) < 12_000_000
+    assert sum(path.stat().st_size for path in SAMPLE_FOLDER.rglob("*") if path.is_file()) < 20_000_000
     card = (SAMPLE_FOLDER / "README.md").read_text()
     for name in list_samples():
         assert f"`{name}`" in card
