@@ -250,7 +250,8 @@ def main() -> None:
     if args.task == "projector":
         made = projector_rows(args.source, folder)
         for split in ("train", "heldout"):
-            write_lines(folder / f"{split}.jsonl", [row for row in made if row["split"] == split])
+            chosen = [row for row in made if row["split"] == split]
+            write_lines(folder / f"{split}.jsonl", [{"id": i, **row} for i, row in enumerate(chosen)])
         return
     if not rows_file.exists():
         made = easy_vqa_rows(args.source, folder) if args.task == "easy_vqa" else supersense_rows(args.source)
