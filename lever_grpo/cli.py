@@ -84,6 +84,27 @@ def generate_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("evaluate", help="let the model answer", prefix_chars="+", add_help=False)
+    parser.add_argument("arguments", nargs="*", help="--config FILE and options; --help lists them")
+    parser.set_defaults(run=evaluate_command)
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    """Let the frozen model answer with the demonstrations of every method, and write which selection wins."""
+    from .pipeline.evaluate import evaluate, parse_evaluate
+    from .scorers import ScorerError
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    arguments = parse_evaluate(args.arguments)
+    try:
+        evaluate(arguments)
+    except (ImportError, ScorerError) as error:
+        raise ValueError(error) from error  # something to install or to mend
+    print(f"{arguments.output_dir}/report.html")
+    return 0
+
+
 def add_env(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("env", help="versions, for a bug report", description=env_command.__doc__)
     parser.set_defaults(run=env_command)
@@ -112,7 +133,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-COMMANDS = (add_inspect, add_generate, add_env)
+COMMANDS = (add_inspect, add_generate, add_evaluate, add_env)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -28,8 +28,8 @@ from build_sample import hidden_states, reduce_width, store_once, write_log
 from safetensors.numpy import save_file
 
 from lever_grpo.atomic import atomic_file
+from lever_grpo.pipeline.frozen_model import default_model
 from lever_grpo.pipeline.generate import GenerateArguments, generate
-from lever_grpo.pipeline.generate_task import default_model
 from lever_grpo.search import encode_images, encode_texts, sample_pools
 
 

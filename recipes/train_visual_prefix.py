@@ -4,10 +4,12 @@
         --output_dir outputs/visual_prefix
 
 Both files (`load_examples`) hold questions about images; those of `--heldout_file` are not trained on. Image encoder
-and language model are frozen. A training prompt is what a scored one is: two demonstrations and a query, each behind
-its image; the loss is that of all three answers. At the end the accuracy on held-out rows is printed, with two
-demonstrations, for the query's own image, for another image, and for none: the difference is what the image is worth
-to the model. A run takes minutes and is not resumed.
+and language model are frozen. The projector is first fitted, without the language model, to the embeddings of the
+answers about each image (`--warm_start_steps`): from random soft tokens the language model learns to answer without
+looking. The first half of the training prompts are questions alone, which nothing but their image can answer; the
+second half have two demonstrations in front, as scored prompts have, and the loss of all three answers. At the end the
+accuracy on held-out rows is printed, with two demonstrations, for the query's own image, for another image, and for
+none: the difference is what the image is worth to the model. A run takes minutes and is not resumed.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from lever_grpo.models import (
     VisualPrefixProcessor,
     VisualPrefixProjector,
 )
-from lever_grpo.pipeline.generate_task import default_model
+from lever_grpo.pipeline.frozen_model import default_model
 from lever_grpo.scorers import Prompt, PromptTemplate, VisualPrefixScorer
 from lever_grpo.scorers.loading import load_language_model
 from lever_grpo.scorers.tokens import PromptTokens
@@ -47,9 +49,12 @@ class Arguments:
     gguf_file: str | None = field(default=None, metadata={"help": "Name of a GGUF file in its folder."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where unpacked GGUF weights are kept."})
     image_encoder: str | None = field(default=None, metadata={"help": "Folder or Hub id; default: the packaged one."})
-    num_image_tokens: int = field(default=2, metadata={"help": "Soft tokens of an image."})
+    dtype: str = field(default="float32", metadata={"help": "Of the language model: bfloat16 where that is fast."})
+    num_image_tokens: int = field(default=4, metadata={"help": "Soft tokens of an image."})
     projector_width: int = field(default=512, metadata={"help": "Width of the projector's hidden layer."})
-    shots: int = field(default=2, metadata={"help": "Demonstrations in front of a training query."})
+    shots: int = field(default=2, metadata={"help": "Demonstrations in front of a query, in the second half."})
+    num_prompts: int = field(default=6000, metadata={"help": "Prompts to train on; an epoch sees each once."})
+    warm_start_steps: int = field(default=300, metadata={"help": "Steps towards the embeddings of answers."})
     question_template: str = field(default="{question}", metadata={"help": "A row up to its answer."})
     judged: int = field(default=400, metadata={"help": "Held-out rows to report on."})
 
@@ -85,6 +90,36 @@ class FewShotCollator:
             "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
             "image_features": self.features[list(images)],
         }
+
+
+class AnswerTrainer(Trainer):
+    """The loss of the answers' tokens; logits of other positions, most of a small model's work, are not computed."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")[:, 1:]
+        outputs = model(**inputs, logits_to_keep=1, output_hidden_states=True)
+        answered = labels != -100
+        logits = model.get_output_embeddings()(outputs.hidden_states[-1][:, :-1][answered])
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels[answered])
+        return (loss, outputs) if return_outputs else loss
+
+
+def warm_start(projector: VisualPrefixProjector, features: Tensor, targets: Tensor, scale: float, steps: int) -> float:
+    """Fits all soft tokens of each image, (N, F), to its target, (N, H), centred and scaled; the share of their
+    variance that is left in the last batch."""
+    targets = targets - targets.mean(0)
+    targets = targets / targets.std().clamp(min=1e-12)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3)
+    left = torch.tensor(1.0)
+    for _ in range(steps):
+        drawn = torch.randint(len(features), (128,))
+        left = (projector(features[drawn]) / scale - targets[drawn, None]).square().mean()
+        optimizer.zero_grad()
+        left.backward()
+        optimizer.step()
+    return left.item()
 
 
 def worth_of_images(
@@ -125,7 +160,7 @@ def main() -> None:
         raise ValueError(f"n_gpu={training.n_gpu}: images and tokens cannot be split; show one GPU, or use torchrun.")
 
     path, gguf_file = (args.model, args.gguf_file) if args.model else default_model()
-    language_model, tokenizer, _ = load_language_model(path, gguf_file, dtype="float32", cache_dir=args.cache_dir)
+    language_model, tokenizer, _ = load_language_model(path, gguf_file, dtype=args.dtype, cache_dir=args.cache_dir)
     vocabulary = language_model.config.vocab_size
     processor = VisualPrefixProcessor(tokenizer, vocabulary, args.num_image_tokens, args.image_encoder)
     images = list(dict.fromkeys(row.image for row in train))
@@ -150,14 +185,29 @@ def main() -> None:
     wholes = tokens.of_texts(map(template.of_demonstration, train))
     pieces = [(list(ask), list(whole[len(ask) :])) for ask, whole in zip(questions, wholes, strict=True)]
     number = {image: i for i, image in enumerate(images)}
-    collator = FewShotCollator(list(tokens.start), pieces, [number[row.image] for row in train], features, processor)
-    # the rows once as the query, each behind rows drawn for it
+    image_of = [number[row.image] for row in train]
+    embeds = language_model.get_input_embeddings().weight.detach().float()
+    with torch.no_grad():
+        meant = torch.stack([embeds[answer].mean(0) for _, answer in pieces])
+        about = torch.zeros(len(images), meant.shape[1]).index_add_(0, torch.tensor(image_of), meant)
+    counts = torch.bincount(torch.tensor(image_of), minlength=len(images))
+    left = warm_start(projector, features, about / counts[:, None], embeds.std().item(), args.warm_start_steps)
+    print(f"warm start: {1 - left:.0%} of the variance of the answers' embeddings")
+
+    # a rare answer is drawn more often than it occurs, by the square root: most questions may be about yes and no
     rng = np.random.default_rng(training.seed)
-    drawn = [rng.choice(len(train) - 1, args.shots, replace=False) for _ in train]  # of the rows after one's own
-    prompts: Any = [{"rows": [*((i + 1 + others) % len(train)).tolist(), i]} for i, others in enumerate(drawn)]
+    _, of_row, count = np.unique([row.answers[0] for row in train], return_inverse=True, return_counts=True)
+    share = count[of_row] ** -0.5
+    share /= share.sum()
+    lengths = [1] * (args.num_prompts // 2) + [args.shots + 1] * (args.num_prompts - args.num_prompts // 2)
+    drawn: list[Any] = [rng.choice(len(train), length, replace=False, p=share) for length in lengths]
+    prompts: Any = [{"rows": rows.tolist()} for rows in drawn]
+    collator = FewShotCollator(list(tokens.start), pieces, image_of, features, processor)
     training.remove_unused_columns = False
+    training.train_sampling_strategy = "sequential"
     training.save_strategy = "no"
-    trainer = Trainer(model, training, data_collator=collator, train_dataset=prompts)
+    trainer = AnswerTrainer(model, training, data_collator=collator, train_dataset=prompts)
+    trainer.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated steps are to be averaged
     trainer.train()
     if not trainer.is_world_process_zero():
         return

@@ -35,7 +35,8 @@ def options(tmp_path) -> list[str]:
     files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "heldout")}
     return (
         f"--task_file {files['train']} --heldout_file {files['heldout']} --model {tmp_path / 'text'} "
-        f"--image_encoder {tmp_path / 'vit'} --projector_width 8 --output_dir {tmp_path / 'out'} --max_steps 2 "
+        f"--image_encoder {tmp_path / 'vit'} --projector_width 8 --output_dir {tmp_path / 'out'} --num_prompts 8 "
+        "--num_train_epochs 1 "
         "--per_device_train_batch_size 4 --report_to none --use_cpu true --disable_tqdm true"
     ).split()
 

@@ -33,7 +33,7 @@ def expected_reward(log_probs: ArrayLike, rewards: ArrayLike, mask: ArrayLike | 
 
     ```
     """
-    logits, values, live = _groups(log_probs, rewards, mask)
+    logits, values, live = live_groups(log_probs, rewards, mask)
     logits = np.where(live, logits, -np.inf)
     highest = logits.max(axis=1, keepdims=True)  # (B, 1)
     if not np.isfinite(highest).all():
@@ -66,7 +66,7 @@ def rank_correlations(log_probs: ArrayLike, rewards: ArrayLike, mask: ArrayLike 
 
     ```
     """
-    logits, values, live = _groups(log_probs, rewards, mask)
+    logits, values, live = live_groups(log_probs, rewards, mask)
     correlations = np.full(len(logits), np.nan)
     for group, alive in enumerate(live):
         x, y = mid_ranks(logits[group, alive]), mid_ranks(values[group, alive])
@@ -110,7 +110,7 @@ def mid_ranks(values: ArrayLike) -> NDArray[np.float64]:
     return (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]
 
 
-def _groups(
+def live_groups(
     log_probs: ArrayLike, rewards: ArrayLike, mask: ArrayLike | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
     """The three inputs of a group metric as arrays of one shape (B, G), with no NaN where the mask is True."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-from trl import TrlParser
+from typing import TypeVar
 
 from ..models import PRESETS
 from ..trainer import SelectorTrainingArguments
+from .parsing import parse_dataclasses
 
 
 TrainingConfig = TypeVar("TrainingConfig", bound=SelectorTrainingArguments)
@@ -113,13 +112,11 @@ def parse(arguments: Sequence[str], config: type[TrainingConfig]) -> tuple[Recip
     Raises:
         ValueError: for a key that no argument has.
     """
-    # the parser knows `--config FILE` but not `--config=FILE`, and `--resume_from_checkpoint` with a value only
-    parts = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    parts = list(arguments)  # the parser knows `--resume_from_checkpoint` with a value only
     for i, part in reversed(list(enumerate(parts))):
         if part == "--resume_from_checkpoint" and (i + 1 == len(parts) or parts[i + 1].startswith("--")):
             parts.insert(i + 1, "true")
-    parser: Any = TrlParser([RecipeArguments, config])  # type: ignore[list-item]
-    recipe, args = parser.parse_args_and_config(parts, fail_with_unknown_args=True)
+    recipe, args = parse_dataclasses([RecipeArguments, config], parts)
     resume = str(args.resume_from_checkpoint or "false").lower()
     if resume not in ("true", "false"):
         raise ValueError(

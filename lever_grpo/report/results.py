@@ -16,13 +16,16 @@ from ..metrics.selection import lookup_reward, score_percentile, sequences_of_le
 
 
 # The rows of the report, in the order of a table; other methods stand before the oracle, in the order they are given.
-BASELINES = ("zero_shot", "random", "similarity", "similarity_all")
+BASELINES = ("zero_shot", "random", "similarity", "similarity_image", "similarity_all", "mix", "mmr")
 TRAINED = ("sft", "agreement", "rce", "grpo")
 ORACLE = "oracle"
 
 LABELS = {
     "zero_shot": "zero-shot",
+    "similarity_image": "similarity of images",
     "similarity_all": "similarity, all features",
+    "mix": "similarity, text and image in turn",
+    "mmr": "similarity with diversity (MMR)",
     "sft": "SFT",
     "agreement": "agreement of answers",
     "rce": "RCE",

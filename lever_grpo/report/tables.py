@@ -155,7 +155,7 @@ def section_tables(report: Mapping[str, Any]) -> list[Table]:
 
 def _methods_table(report: Mapping[str, Any]) -> Table:
     methods = report["methods"]
-    digits = _digits(report["gap"] or max(abs(row["reward"]["mean"]) for row in methods.values()))
+    digits = digits_of(report["gap"] or max(abs(row["reward"]["mean"]) for row in methods.values()))
     extra = {
         "gap_closed": ("gap closed", lambda x: f"{x:.3f}"),
         "percentile": ("percentile", lambda x: f"{x:.1f}"),
@@ -164,22 +164,29 @@ def _methods_table(report: Mapping[str, Any]) -> Table:
     }
     present = [key for key in extra if any(row.get(key) is not None for row in methods.values())]
     rows = [
-        [method_label(name), _interval(row["reward"], digits)]
+        [method_label(name), interval_text(row["reward"], digits)]
         + [extra[key][1](row[key]) if row.get(key) is not None else "-" for key in present]
         + [str(row["n_seeds"])]
         for name, row in methods.items()
     ]
-    columns = ["method", f"mean reward [{_percent(report)} interval]", *(extra[key][0] for key in present), "seeds"]
+    columns = [
+        "method",
+        f"mean reward [{percent_text(report)} interval]",
+        *(extra[key][0] for key in present),
+        "seeds",
+    ]
     return Table("What was chosen for the held-out queries", columns, rows)
 
 
 def _paired_table(report: Mapping[str, Any]) -> Table:
-    digits = _digits(report["gap"] or max(abs(row["mean"]) for row in report["paired"].values()))
+    digits = digits_of(report["gap"] or max(abs(row["mean"]) for row in report["paired"].values()))
     rows = [
-        [pair_label(pair), _interval(row, digits, signed=True), f"{row['p_value']:.4f}", verdict(row)]
+        [pair_label(pair), interval_text(row, digits, signed=True), f"{row['p_value']:.4f}", verdict(row)]
         for pair, row in report["paired"].items()
     ]
-    return Table("Paired differences", ["difference", f"mean [{_percent(report)} interval]", "p", "interval"], rows)
+    return Table(
+        "Paired differences", ["difference", f"mean [{percent_text(report)} interval]", "p", "interval"], rows
+    )
 
 
 def _gap_by_task_table(report: Mapping[str, Any]) -> Table:
@@ -198,12 +205,12 @@ def _paired_by_task_table(report: Mapping[str, Any]) -> Table:
     rows = []
     for pair, pooled in report["paired"].items():
         cells = [
-            _interval(
+            interval_text(
                 {key: task["paired"][pair][key] / task["gap"] for key in ("mean", "ci_low", "ci_high")}, 3, signed=True
             )
             for task in report["tasks"].values()
         ]
-        rows.append([pair_label(pair), *cells, _interval(pooled, 3, signed=True)])
+        rows.append([pair_label(pair), *cells, interval_text(pooled, 3, signed=True)])
     columns = ["difference", *_task_columns(report)]
     return Table("Paired differences by task, in units of its gap", columns, rows, tall=True)
 
@@ -224,17 +231,17 @@ def verdict(row: Mapping[str, float]) -> str:
     return "above 0" if row["ci_low"] > 0 else "below 0" if row["ci_high"] < 0 else "includes 0"
 
 
-def _interval(row: Mapping[str, float], digits: int, signed: bool = False) -> str:
+def interval_text(row: Mapping[str, float], digits: int, signed: bool = False) -> str:
     sign = "+" if signed else ""
     return f"{row['mean']:{sign}.{digits}f} [{row['ci_low']:{sign}.{digits}f}, {row['ci_high']:{sign}.{digits}f}]"
 
 
-def _digits(scale: float) -> int:
+def digits_of(scale: float) -> int:
     """Decimals that show a thousandth of `scale`."""
     return 3 if scale == 0 else min(max(3 - math.floor(math.log10(abs(scale))), 0), 9)
 
 
-def _percent(report: Mapping[str, Any]) -> str:
+def percent_text(report: Mapping[str, Any]) -> str:
     return f"{100 * report['interval']['confidence']:g} %"
 
 

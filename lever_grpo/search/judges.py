@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 
 from ..data.examples import Example
+from ..metrics.answers import exact_match, vqa_accuracy
 from ..metrics.cider import Cider
 
 
-ANNOTATORS = 10  # from so many reference answers on, a right answer is one that three of them gave
-
-_PUNCTUATION = re.compile(r",(?=\d{3})|[^\w\s](?!\d)")  # that of -5 and 3.5 stays
+ANNOTATORS = 10  # from so many reference answers on, a right answer is one that several of them gave
 
 Judge = Callable[[str, Sequence[str]], float]  # answer, references -> what the answer is worth
 COLUMNS = {"accuracy": "correct", "cider": "cider"}  # judge: where the log has it
@@ -55,9 +53,9 @@ def make_judge(judge_by: str, rows: Iterable[Example] = ()) -> Judge:
 
 def answer_accuracy(answer: str, references: Sequence[str]) -> float:
     """
-    Whether an answer is right: 1 if it is one of the references, upper case, punctuation and articles aside.
+    Whether an answer is right: [`~metrics.exact_match`], or [`~metrics.vqa_accuracy`] from ten references on.
 
-    With ten references or more, as in VQA, where they are what ten people said, it is `min(1, matches / 3)`.
+    Ten references are what ten people said, as in VQA; fewer are different ways to say what is right.
 
     Example:
 
@@ -67,15 +65,9 @@ def answer_accuracy(answer: str, references: Sequence[str]) -> float:
     (1.0, 0.0, 1.0)
     >>> answer_accuracy("3.5", ["35"]), answer_accuracy("1,000", ["1000"]), answer_accuracy("-", ["+"])
     (0.0, 1.0, 0.0)
-    >>> round(answer_accuracy("cat", ["cat"] * 2 + ["dog"] * 8), 3)
-    0.667
+    >>> answer_accuracy("cat", ["cat"] * 2 + ["dog"] * 8)
+    0.6
 
     ```
     """
-    matches = sum(_normal(answer) == _normal(reference) for reference in references)
-    return min(1.0, matches / 3) if len(references) >= ANNOTATORS else float(matches > 0)
-
-
-def _normal(text: str) -> str:
-    words = _PUNCTUATION.sub("", text.lower()).split() or text.lower().split()  # of "+" nothing would be left
-    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
+    return vqa_accuracy(answer, references) if len(references) >= ANNOTATORS else exact_match(answer, references)

@@ -38,9 +38,13 @@ def judge():
         ("the  Red, apple!", ["red apple"], 1.0),
         ("red", ["red apple"], 0.0),
         ("", ["red"], 0.0),
-        ("yes", ["yes"] * 3 + ["no"] * 7, 1.0),
-        ("yes", ["yes"] + ["no"] * 9, 1 / 3),
+        # ten references or more: the VQA challenge's rules
+        ("yes", ["yes"] * 3 + ["no"] * 7, 0.9),
+        ("yes", ["yes"] + ["no"] * 9, 0.3),
+        ("two", ["2"] * 4 + ["3"] * 7, 1.0),
+        # fewer: one of them is enough, and number words are words
         ("yes", ["yes", "yeah", "yep", "y"], 1.0),
+        ("two", ["2"] * 4 + ["3"] * 5, 0.0),
     ],
 )
 def test_answer_accuracy(answer, references, accuracy):

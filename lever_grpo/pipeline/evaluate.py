@@ -1,0 +1,322 @@
+"""What a choice of demonstrations is worth: the frozen model answers with those of every method.
+
+`output_dir` holds `report.json`, `report.html` and a `report.md` for each metric and number of shots; `picks.json`,
+what every method chose; and in `answers/` what the model answered, by prompt: a run that was stopped goes on, and a
+selector that is added later costs its own prompts only.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from ..atomic import atomic_file
+from ..data import DataCollatorForBeams, EmbeddingStore, list_samples, load_beams, load_sample, to_prompt_order
+from ..data.examples import Example
+from ..data.pools import PoolSource
+from ..inference import best_logged, choose, mixed_picks, mmr_picks, random_picks
+from ..inference.answering import Answered, Question, answer_questions, read_answers
+from ..models import PointerSelector
+from ..report import MethodResult, build_report, print_report, stack_seeds, write_html, write_report
+from ..scorers import Scorer
+from ..search import answer_accuracy
+from .evaluate_arguments import BASELINES, EvaluateArguments, parse_evaluate
+from .frozen_model import load_rows, make_scorer, open_store
+from .generate_folder import agree, rows_digest
+from .runs import similarity_baseline
+from .task_data import make_collator
+
+
+__all__ = ["EvaluateArguments", "evaluate", "parse_evaluate"]
+
+logger = logging.getLogger(__name__)
+METRICS = {"accuracy": "accuracy of the answer", "log_prob": "log-probability of the right answer, a token"}
+
+Picks = dict[str, list[list[list[int]]]]  # method -> seeds (or draws) -> queries -> row ids in prompt order
+
+
+@dataclass
+class Queries:
+    """What is asked: queries with their pools, the embeddings that selectors see, the rows."""
+
+    dataset: Dataset
+    store: EmbeddingStore
+    collator: DataCollatorForBeams
+    similarity: tuple[str, ...]
+    rows: dict[int, Example]
+
+
+def evaluate(arguments: EvaluateArguments, scorer: Scorer | None = None) -> dict[str, Any]:
+    """
+    Lets the frozen model answer with the demonstrations of every method, and reports which selection wins.
+
+    Started by `torchrun` or `accelerate launch`, the queries are divided over the processes.
+
+    Args:
+        arguments ([`EvaluateArguments`]):
+            Task, model, selectors and baselines.
+        scorer ([`Scorer`], *optional*):
+            A model of one's own, instead of the one that the arguments name.
+
+    Returns:
+        `dict`: what [`write_html`] shows; `report.json` is the same without the gallery.
+
+    Raises:
+        ValueError: if files and options do not fit each other, or `output_dir` holds answers of another model or task.
+
+    Example:
+
+    ```python
+    >>> from lever_grpo.pipeline.evaluate import EvaluateArguments, evaluate
+    >>> evaluation = evaluate(EvaluateArguments(selectors=["grpo=outputs/demo/grpo"]))  # doctest: +SKIP
+    >>> evaluation["metrics"]["accuracy"]["2"]["paired"]["grpo_minus_random"]  # doctest: +SKIP
+    {'mean': 0.43, 'ci_low': 0.36, 'ci_high': 0.5, 'p_value': 0.0001}
+
+    ```
+    """
+    state = PartialState(cpu=arguments.device == "cpu" or not torch.accelerator.is_available())
+    output = Path(arguments.output_dir)
+    queries = load_queries(arguments)
+    picks = {shots: make_picks(arguments, queries, shots) for shots in dict.fromkeys(arguments.num_shots)}
+    ids = list(queries.dataset["query_id"])
+    asked: list[Question] = sorted(
+        {
+            (query, tuple(shown))
+            for methods in picks.values()
+            for seeds in methods.values()
+            for chosen in seeds
+            for query, shown in zip(ids, chosen, strict=True)
+        }
+    )
+    if state.is_main_process and arguments.overwrite:
+        shutil.rmtree(output / "answers", ignore_errors=True)
+        (output / "settings.json").unlink(missing_ok=True)
+    state.wait_for_everyone()
+    missing = sorted(set(asked) - read_answers(output / "answers").keys())
+    if missing:
+        scorer = make_scorer(arguments, state) if scorer is None else scorer
+        settings = {
+            "scorer": scorer.describe(),
+            "rows_sha256": rows_digest(queries.rows),
+            "max_new_tokens": arguments.max_new_tokens,
+        }
+        if state.is_main_process:
+            agree(output / "settings.json", settings, f"output_dir={arguments.output_dir!r}")
+        state.wait_for_everyone()
+        mine = set(ids[state.process_index :: state.num_processes])
+        answer_questions(
+            [question for question in asked if question[0] in mine],
+            queries.rows,
+            scorer,
+            output / "answers",
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            prefix=f"{state.process_index:03d}-",
+            disable_tqdm=arguments.disable_tqdm or not state.is_main_process,
+        )
+    state.wait_for_everyone()
+    evaluation = _evaluation(arguments, queries, picks, read_answers(output / "answers"))
+    if state.is_main_process:
+        _write(evaluation, picks, ids, output)
+    return evaluation
+
+
+def load_queries(arguments: EvaluateArguments) -> Queries:
+    """The queries of the log or of the pools, and how selectors see them."""
+    rows = {row.id: row for row in load_rows(arguments)}
+    sample = None
+    if arguments.task_file is None and arguments.questions is None and arguments.task in list_samples():
+        sample = load_sample(arguments.task)
+    store = open_store(arguments)
+    if store is None:
+        raise ValueError("selectors and similarity see rows through embeddings: name those of the task by embeddings.")
+    if arguments.candidate_pools is not None:
+        source = PoolSource(arguments.candidate_pools)
+        pools = {query: pool for query in rows if (pool := source(query)) is not None}
+        dataset = Dataset.from_list(
+            [
+                {"query_id": query, "candidate_ids": list(pool), "sequences": [[0]], "scores": [0.0]}
+                for query, pool in pools.items()
+            ]
+        )
+    else:
+        path = arguments.log or (sample and sample.heldout)
+        if path is None:
+            raise ValueError("the queries have no pools: name a beam log by log, or a file by candidate_pools.")
+        dataset = load_beams(path)
+    if arguments.num_queries is not None and arguments.num_queries < len(dataset):
+        drawn = np.random.default_rng(arguments.seed).permutation(len(dataset))[: arguments.num_queries]
+        dataset = dataset.select(sorted(drawn.tolist()))
+    needed = {i for row in dataset for i in (row["query_id"], *row["candidate_ids"])}
+    unknown = sorted(needed - rows.keys())
+    if unknown:
+        raise ValueError(f"rows {unknown[:5]} stand in the pools and not in the task; do both files belong together?")
+    smallest = min(map(len, dataset["candidate_ids"]))
+    if smallest < max(arguments.num_shots):
+        raise ValueError(
+            f"num_shots={arguments.num_shots}: the smallest pool has {smallest} candidates; ask for fewer shots."
+        )
+    collator, similarity = make_collator(arguments, store, sample)
+    return Queries(dataset, store, collator, similarity, rows)
+
+
+def make_picks(arguments: EvaluateArguments, queries: Queries, num_shots: int) -> Picks:
+    """What every method chooses for each query, as row ids in prompt order, for each of its seeds or draws."""
+    dataset, collator = queries.dataset, queries.collator
+    shared = tuple(name for name in collator.query_features if name in collator.candidate_features)
+    pictures = tuple(name for name in shared if name == "image")
+
+    def by(features: tuple[str, ...]) -> list[NDArray[np.int64]]:
+        return [choose(similarity_baseline(collator, features), dataset, collator, num_shots)]
+
+    found: dict[str, list[NDArray[np.int64]]] = {}
+    for name in BASELINES if arguments.baselines is None else arguments.baselines:
+        if name == "zero_shot":
+            found[name] = [np.zeros((len(dataset), 0), dtype=np.int64)]
+        elif name == "random":
+            draws = range(arguments.random_draws)
+            found[name] = [random_picks(dataset, num_shots, arguments.seed + draw) for draw in draws]
+        elif name == "similarity" and queries.similarity:
+            found[name] = by(queries.similarity)
+        elif name == "similarity_image" and pictures:
+            found[name] = by(pictures)
+        elif name == "similarity_all" and set(shared) != set(queries.similarity):
+            found[name] = by(shared)
+        elif name == "mix" and pictures and len(shared) > 1:
+            features = (next(feature for feature in shared if feature not in pictures), *pictures)
+            found[name] = [mixed_picks(dataset, queries.store, features, num_shots)]
+        elif name == "mmr" and queries.similarity:
+            found[name] = [mmr_picks(dataset, queries.store, queries.similarity, num_shots, arguments.mmr_trade_off)]
+        elif name == "oracle" and arguments.candidate_pools is None:
+            best = best_logged(dataset, num_shots)
+            if best is not None:
+                found[name] = [best]
+        elif arguments.baselines is not None:
+            raise ValueError(f"baselines has {name!r}, and the data have no features for it; leave it out.")
+    for name, paths in arguments.seeds_of.items():
+        found[name] = [choose(PointerSelector.from_pretrained(path), dataset, collator, num_shots) for path in paths]
+    pools = list(dataset["candidate_ids"])
+    return {
+        name: [
+            [
+                [pool[i] for i in to_prompt_order(chosen, arguments.construct_order)]
+                for pool, chosen in zip(pools, seed.tolist(), strict=True)
+            ]
+            for seed in seeds
+        ]
+        for name, seeds in found.items()
+    }
+
+
+def _evaluation(
+    arguments: EvaluateArguments,
+    queries: Queries,
+    picks: Mapping[int, Picks],
+    answers: Mapping[Question, Answered],
+) -> dict[str, Any]:
+    """Reports by metric and number of shots, and the gallery."""
+    worth = {
+        question: {
+            "accuracy": answer_accuracy(found.text, queries.rows[question[0]].answers),
+            "log_prob": found.log_prob,
+        }
+        for question, found in answers.items()
+        if found.text is not None and found.log_prob is not None and np.isfinite(found.log_prob)
+    }
+    ids = list(queries.dataset["query_id"])
+    asked = {
+        query: {(query, tuple(seed[i])) for methods in picks.values() for seeds in methods.values() for seed in seeds}
+        for i, query in enumerate(ids)
+    }
+    kept = [i for i, query in enumerate(ids) if asked[query] <= worth.keys()]
+    notes = []
+    if len(kept) < len(ids):
+        failed = [query for i, query in enumerate(ids) if i not in set(kept)]
+        notes.append(
+            f"{len(failed)} of {len(ids)} queries are left out for all methods, as the model could not be asked about "
+            f"all of their prompts: {failed[:10]}{' …' * (len(failed) > 10)}."
+        )
+        logger.warning("%s", notes[-1])
+    if not kept:
+        raise ValueError("the model could be asked about no query with the demonstrations of all methods; see above.")
+    task = Path(arguments.task_file or arguments.questions or arguments.task).stem
+    settings: dict[str, Any] = {"task": task, "queries": len(kept)}
+    metrics: dict[str, Any] = {}
+    for metric, title in METRICS.items():
+        metrics[metric] = {}
+        for shots, methods in picks.items():
+            results = []
+            for name, seeds in methods.items():
+                rewards = np.array([[worth[ids[i], tuple(seed[i])][metric] for i in kept] for seed in seeds])
+                if name == "random":  # draws are no seeds: what is compared is their mean
+                    rewards = rewards.mean(axis=0, keepdims=True)
+                results.append(stack_seeds([MethodResult(name, row) for row in rewards]))
+            metrics[metric][str(shots)] = build_report(
+                results,
+                title=f"{task}: {shots} shot{'s' * (shots > 1)}",
+                reward_name=title,
+                settings=settings,
+                sections={"Notes": "\n".join(notes)} if notes else None,
+            )
+    title = f"{task}: answers with the chosen demonstrations"
+    gallery = _gallery(queries, picks, answers, worth, kept[: arguments.gallery_queries])
+    settings |= {"random_draws": arguments.random_draws, "seed": arguments.seed, "selectors": arguments.selectors}
+    return {"title": title, "settings": settings, "notes": notes, "metrics": metrics, "gallery": gallery}
+
+
+def _gallery(
+    queries: Queries,
+    picks: Mapping[int, Picks],
+    answers: Mapping[Question, Answered],
+    worth: Mapping[Question, Mapping[str, Any]],
+    shown: list[int],
+) -> list[dict[str, Any]]:
+    """Queries with what each method chose (the first seed's or draw's choice) and what the model made of it."""
+    ids = list(queries.dataset["query_id"])
+
+    def about(row: Example) -> dict[str, Any]:
+        return {"id": row.id, "question": row.question, "answer": row.answers[0], "image": row.image}
+
+    gallery = []
+    for i in shown:
+        row = queries.rows[ids[i]]
+        chosen: dict[str, Any] = {}
+        for shots, methods in picks.items():
+            chosen[str(shots)] = {}
+            for name, seeds in methods.items():
+                question = (ids[i], tuple(seeds[0][i]))
+                chosen[str(shots)][name] = {
+                    "demonstrations": [about(queries.rows[j]) for j in seeds[0][i]],
+                    "answer": answers[question].text,
+                    **worth[question],
+                }
+        gallery.append(
+            {"query_id": row.id, "question": row.question, "answers": list(row.answers), "image": row.image}
+            | {"picks": chosen}
+        )
+    return gallery
+
+
+def _write(evaluation: dict[str, Any], picks: Mapping[int, Picks], ids: list[int], output: Path) -> None:
+    """The reports onto the disk and the console."""
+    for metric, by_shots in evaluation["metrics"].items():
+        for shots, report in by_shots.items():
+            write_report(report, output / metric / f"shots{shots}")
+            print_report(report)
+    with atomic_file(output / "picks.json") as stream:
+        stream.write(orjson.dumps({"query_ids": ids, "shots": {str(shots): p for shots, p in picks.items()}}))
+    with atomic_file(output / "report.json") as stream:
+        summary = {name: value for name, value in evaluation.items() if name != "gallery"}
+        stream.write(orjson.dumps(summary, option=orjson.OPT_INDENT_2) + b"\n")
+    write_html(evaluation, output / "report.html")

@@ -1,0 +1,260 @@
+"""From selectors and a log to answers and a report: every method, resumed, and the same by two processes."""
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lever_grpo import PointerSelector, PointerSelectorConfig
+from lever_grpo.cli import main
+from lever_grpo.inference import best_logged, mixed_picks, mmr_picks, random_picks, read_answers
+from lever_grpo.pipeline.evaluate import EvaluateArguments, evaluate, load_queries, make_picks
+from lever_grpo.scorers import ScorerError
+
+
+ROWS, POOL, QUERIES = 40, 6, 12
+COLOURS = ("red", "green", "blue")
+
+
+class Reader:
+    """Answers what most of the demonstrations say; knows the right answer better the more of them say it."""
+
+    def __init__(self, asked=None, fail_after=None, cannot=()):
+        self.asked, self.fail_after, self.cannot, self.calls = asked, fail_after, cannot, 0
+
+    def score(self, prompts):
+        self.calls += 1
+        if self.fail_after is not None and self.calls > self.fail_after:
+            raise ScorerError("the model went away")
+        if self.asked is not None:
+            self.asked.extend((p.query.id, tuple(d.id for d in p.demonstrations)) for p in prompts)
+        return [None if p.query.id in self.cannot else np.array([-1.0 / (1 + self._right(p))] * 2) for p in prompts]
+
+    def answer(self, prompts, max_new_tokens=10):
+        said = [[d.answers[0] for d in p.demonstrations] for p in prompts]
+        return [
+            None if p.query.id in self.cannot else (max(sorted(set(a)), key=a.count) if a else "none")
+            for p, a in zip(prompts, said, strict=True)
+        ]
+
+    def describe(self):
+        return {"backend": "reader"}
+
+    @staticmethod
+    def _right(prompt):
+        return sum(d.answers[0] == prompt.query.answers[0] for d in prompt.demonstrations)
+
+
+@pytest.fixture
+def task(tmp_path) -> dict:
+    rng = np.random.default_rng(0)
+    answers = [COLOURS[i % 3] for i in range(ROWS)]
+    rows = [{"id": i, "question": f"colour {i}?", "answers": [answer]} for i, answer in enumerate(answers)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    embeddings = {name: rng.standard_normal((ROWS, 8)).astype(np.float32) for name in ("question", "image")}
+    save_file(embeddings, str(tmp_path / "rows.safetensors"))
+    records = []
+    for query in range(QUERIES):
+        pool = (QUERIES + rng.permutation(ROWS - QUERIES)[:POOL]).tolist()
+        pairs = [[i, j] for i in range(POOL) for j in range(POOL) if i != j]
+        sequences = [[i] for i in range(POOL)] + pairs
+        scores = [
+            sum(answers[pool[i]] == answers[query] for i in s) + zlib.crc32(repr(s).encode()) / 2**40
+            for s in sequences
+        ]
+        record = {"query_id": query, "candidate_ids": pool, "sequences": sequences, "scores": scores}
+        records.append(record | {"zero_shot": -1.0})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name, scale in (("sft", 1.0), ("grpo", 5.0)):
+        config = PointerSelectorConfig(
+            query_features={"question": 8, "image": 8},
+            candidate_features={"question": 8, "image": 8},
+            encoder="none",
+            similarity_prior=True,
+            prior_scale=scale,
+        )
+        PointerSelector(config).save_pretrained(tmp_path / name)
+    return {
+        "task_file": str(tmp_path / "rows.jsonl"),
+        "log": str(tmp_path / "log.jsonl"),
+        "embeddings": str(tmp_path / "rows.safetensors"),
+        "selectors": [f"sft={tmp_path / 'sft'}", f"grpo={tmp_path / 'grpo'}", f"grpo={tmp_path / 'sft'}"],
+        "output_dir": str(tmp_path / "out"),
+        "random_draws": 3,
+        "batch_size": 16,
+        "disable_tqdm": True,
+    }
+
+
+def files(folder) -> dict[str, bytes]:
+    names = ("report.json", "picks.json", "report.html")
+    return {name: Path(folder, name).read_bytes() for name in names}
+
+
+def test_every_method_is_asked_and_judged(task):
+    evaluation = evaluate(EvaluateArguments(**task), Reader())
+    report = evaluation["metrics"]["accuracy"]["2"]
+    expected = ["zero_shot", "random", "similarity", "similarity_image", "mix", "mmr", "sft", "grpo", "oracle"]
+    assert sorted(report["methods"]) == sorted(expected) and report["n_queries"] == QUERIES
+    assert report["methods"]["zero_shot"]["reward"]["mean"] == 0
+    # by hand: the log's best pairs are two right answers where the pool has them
+    log = [json.loads(line) for line in Path(task["log"]).read_text().splitlines()]
+    best = [max(zip(r["scores"], r["sequences"], strict=True))[1] for r in log]
+    reader, queries = Reader(), load_queries(EvaluateArguments(**task))
+    right = []
+    for record, chosen in zip(log, best, strict=True):
+        shown = [queries.rows[record["candidate_ids"][i]].answers[0] for i in reversed(chosen)]
+        right.append(max(sorted(set(shown)), key=shown.count) == queries.rows[record["query_id"]].answers[0])
+    assert report["methods"]["oracle"]["reward"]["mean"] == pytest.approx(np.mean(right))
+    assert report["methods"]["oracle"]["reward"]["mean"] > report["methods"]["random"]["reward"]["mean"]
+    assert {"grpo_minus_random", "grpo_minus_similarity", "grpo_minus_sft"} <= report["paired"].keys()
+    assert reader is not None and json.loads(files(task["output_dir"])["report.json"])["metrics"].keys() == {
+        "accuracy",
+        "log_prob",
+    }
+    shown = evaluation["gallery"][0]["picks"]["2"]["grpo"]
+    assert len(shown["demonstrations"]) == 2 and shown["accuracy"] in (0.0, 1.0)
+
+
+def test_prompts_are_asked_once_and_a_new_selector_costs_its_own(task):
+    asked = []
+    evaluate(EvaluateArguments(**{**task, "selectors": task["selectors"][:1]}), Reader(asked))
+    assert len(asked) == len(set(asked))
+    first = set(asked)
+    evaluate(EvaluateArguments(**{**task, "baselines": ["random"]}), Reader(asked))  # similarity again: all known
+    assert first == set(asked)
+
+
+def test_goes_on_after_a_failure(task, tmp_path):
+    whole = tmp_path / "whole"
+    evaluate(EvaluateArguments(**{**task, "output_dir": str(whole)}), Reader())
+    with pytest.raises(ScorerError):
+        evaluate(EvaluateArguments(**task), Reader(fail_after=2))
+    assert len(read_answers(Path(task["output_dir"]) / "answers")) == 2 * task["batch_size"]
+    evaluate(EvaluateArguments(**task), Reader())
+    assert files(task["output_dir"]) == files(whole)
+
+
+def test_two_processes_give_the_same(task, tmp_path):
+    one = evaluate(EvaluateArguments(**{**task, "output_dir": str(tmp_path / "one")}), Reader())
+    script = tmp_path / "both.py"
+    script.write_text(
+        "import json, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from accelerate import PartialState\n"
+        "from test_evaluate import Reader\n"
+        "from lever_grpo.pipeline.evaluate import EvaluateArguments, evaluate\n"
+        "evaluate(EvaluateArguments(**json.loads(sys.argv[2])), Reader())\n"
+        "assert PartialState().num_processes == 2\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*command, str(Path(__file__).parent), json.dumps(task)], check=True, env=environment, timeout=300)
+    two = json.loads(files(task["output_dir"])["report.json"])
+    assert two["metrics"] == json.loads(json.dumps(one["metrics"]))
+
+
+def test_queries_that_cannot_be_asked_are_left_out_for_all(task):
+    evaluation = evaluate(EvaluateArguments(**task), Reader(cannot={3}))
+    assert evaluation["metrics"]["accuracy"]["1"]["n_queries"] == QUERIES - 1
+    assert "1 of 12 queries are left out for all methods" in evaluation["notes"][0] and "[3]" in evaluation["notes"][0]
+    with pytest.raises(ValueError, match="no query"):
+        evaluate(EvaluateArguments(**{**task, "overwrite": True}), Reader(cannot=set(range(QUERIES))))
+
+
+def test_answers_of_another_model_are_not_mixed(task):
+    class Other(Reader):
+        def describe(self):
+            return {"backend": "other"}
+
+    arguments = EvaluateArguments(**{**task, "num_shots": [1]})
+    evaluate(arguments, Reader())
+    with pytest.raises(ValueError, match="backend: 'reader' there, 'other' here"):
+        evaluate(EvaluateArguments(**task), Other())
+    evaluate(EvaluateArguments(**{**task, "overwrite": True}), Other())
+
+
+def test_picks_stand_in_prompt_order(task):
+    queries = load_queries(EvaluateArguments(**task))
+    left, right = (
+        make_picks(EvaluateArguments(**{**task, "construct_order": order}), queries, 2)["grpo"]
+        for order in ("left", "right")
+    )
+    assert [[row[::-1] for row in seed] for seed in left] == right
+
+
+def test_pools_without_a_log(task, tmp_path):
+    pools = tmp_path / "pools.jsonl"
+    records = [json.loads(line) for line in Path(task["log"]).read_text().splitlines()]
+    pools.write_text("".join(json.dumps({k: r[k] for k in ("query_id", "candidate_ids")}) + "\n" for r in records))
+    evaluation = evaluate(EvaluateArguments(**{**task, "log": None, "candidate_pools": str(pools)}), Reader())
+    methods = evaluation["metrics"]["accuracy"]["2"]["methods"]
+    assert "oracle" not in methods and "grpo" in methods
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"selectors": ["grpo"]}, "expected name=path"),
+        ({"selectors": ["random=x"]}, "none of"),
+        ({"num_shots": [0]}, "numbers from 1 on"),
+        ({"num_shots": [7]}, "smallest pool has 6"),
+        ({"baselines": ["best"]}, "must be of"),
+        ({"log": None}, "have no pools"),
+        ({"embeddings": None}, "through embeddings"),
+        ({"similarity_features": ["answer"]}, "two sides share question, image|two sides share image, question"),
+        ({"candidate_pools": "x"}, "give one of them"),
+    ],
+)
+def test_bad_settings(task, change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(EvaluateArguments(**{**task, **change}), Reader())
+
+
+def test_command_line(task, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("lever_grpo.pipeline.evaluate.make_scorer", lambda arguments, state: Reader())
+    config = tmp_path / "evaluate.yaml"
+    config.write_text(json.dumps(task))
+    assert main(["evaluate", f"--config={config}", "--num_shots", "1", "--num_queries", "5"]) == 0
+    assert capsys.readouterr().out.strip().endswith("out/report.html")
+    assert main(["evaluate", "--config", str(config), "--shots", "2"]) == 2
+
+
+class TestBaselines:
+    def test_mmr_by_hand(self, task):
+        queries = load_queries(EvaluateArguments(**task))
+        picks = mmr_picks(queries.dataset, queries.store, ["question"], 3, 0.3)
+        for row, chosen in zip(queries.dataset, picks.tolist(), strict=True):
+            unit = {i: v / np.linalg.norm(v) for i, v in enumerate(queries.store["question"].astype(float))}
+            pool, query = row["candidate_ids"], unit[row["query_id"]]
+            expected = []
+            while len(expected) < 3:
+                value = {
+                    k: 0.3 * query @ unit[c] - 0.7 * max([unit[c] @ unit[pool[p]] for p in expected], default=0)
+                    for k, c in enumerate(pool)
+                    if k not in expected
+                }
+                expected.append(max(value, key=value.get))
+            assert chosen == expected
+
+    def test_mixed_takes_turns(self, task):
+        queries = load_queries(EvaluateArguments(**task))
+        both = mixed_picks(queries.dataset, queries.store, ["question", "image"], 2)
+        assert (both[:, :1] == mmr_picks(queries.dataset, queries.store, ["question"], 1)).all()
+        assert all(len(set(row)) == 2 for row in both.tolist())
+
+    def test_random_is_by_query_and_seed(self, task):
+        dataset = load_queries(EvaluateArguments(**task)).dataset
+        picks = random_picks(dataset, 3, seed=1)
+        assert (random_picks(dataset.select([4, 5]), 3, seed=1) == picks[4:6]).all()
+        assert (random_picks(dataset, 3, seed=2) != picks).any()
+        assert all(len(set(row)) == 3 for row in picks.tolist())
+
+    def test_best_logged(self):
+        rows = [{"sequences": [[0], [1], [0, 1]], "scores": [0.1, 0.2, 9.0]}]
+        assert best_logged(rows, 1).tolist() == [[1]] and best_logged(rows, 3) is None
