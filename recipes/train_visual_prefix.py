@@ -32,9 +32,8 @@ from lever_grpo.models import (
     VisualPrefixProcessor,
     VisualPrefixProjector,
 )
-from lever_grpo.pipeline.frozen_model import default_model
 from lever_grpo.scorers import Prompt, PromptTemplate, VisualPrefixScorer
-from lever_grpo.scorers.loading import load_language_model
+from lever_grpo.scorers.loading import default_model, load_language_model
 from lever_grpo.scorers.tokens import PromptTokens
 
 

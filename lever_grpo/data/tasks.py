@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 SHOWN = 5  # of the records that an error is about
 
 
-def load_examples(path: str | os.PathLike) -> list[Example]:
+def load_examples(path: str | os.PathLike, need_answers: bool = True) -> list[Example]:
     """
     Reads a task: one record a row, with its question and answers.
 
@@ -46,6 +46,9 @@ def load_examples(path: str | os.PathLike) -> list[Example]:
             * `entity` (*optional*): what the row is about.
 
             Other fields are ignored.
+        need_answers (`bool`, *optional*, defaults to `True`):
+            Whether a row without an answer is an error; else it gets the answer `"?"`, for queries that are only to be
+            asked.
 
     Returns:
         `list[Example]`, in the order of the file.
@@ -74,7 +77,7 @@ def load_examples(path: str | os.PathLike) -> list[Example]:
     first_of: dict[Any, str] = {}
 
     def read(position: int, record: Any, where: Where) -> Example:
-        example = _example(position, record, where, folder)
+        example = _example(position, record, where, folder, need_answers)
         key = record["id"]
         if key in first_of:
             where.fail("id", "each id once", key, f"it is also that of {first_of[key]}")
@@ -321,7 +324,7 @@ def _read_json(path: str | os.PathLike) -> Any:
 # ---------------------------------------------------------------- single values
 
 
-def _example(position: int, record: Any, where: Where, folder: Path) -> Example:
+def _example(position: int, record: Any, where: Where, folder: Path, need_answers: bool) -> Example:
     key = _field(record, "id", where)
     row_id = position if isinstance(key, str) else as_id(key, where, "id")
     if record.get("answers") is not None:
@@ -332,6 +335,8 @@ def _example(position: int, record: Any, where: Where, folder: Path) -> Example:
             where.fail("answers", "at least one answer", answers)
     elif record.get("answer") is not None:
         answers = [_text(record["answer"], "answer", where)]
+    elif not need_answers:
+        answers = ["?"]
     else:
         where.fail("answers", "a list of texts, or one text as 'answer'", sorted(record))
     entity = record.get("entity")

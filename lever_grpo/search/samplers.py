@@ -127,6 +127,30 @@ def sample_pools(
     return pools
 
 
+def parse_ratios(ratios: Sequence[str] | None) -> dict[str, float] | None:
+    """
+    Shares as they are written on a command line.
+
+    Raises:
+        ValueError: if one is not `method=share`.
+
+    Example:
+
+    ```python
+    >>> from lever_grpo.search.samplers import parse_ratios
+    >>> parse_ratios(["text_sim=0.5", "image_sim=0.25"])
+    {'text_sim': 0.5, 'image_sim': 0.25}
+
+    ```
+    """
+    if ratios is None:
+        return None
+    try:
+        return {name: float(share) for name, share in (ratio.split("=") for ratio in ratios)}
+    except ValueError as error:
+        raise ValueError(f"ratios={ratios}: expected method=share, as text_sim=0.5.") from error
+
+
 def _choose(
     shares: Mapping[str, float],
     features: Mapping[str, Any],

@@ -1,0 +1,288 @@
+"""A trained selector for raw queries: embed, retrieve a pool, pick."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from huggingface_hub import snapshot_download
+from numpy.typing import NDArray
+
+from ..atomic import atomic_file
+from ..data import EmbeddingStore, Example, to_prompt_order
+from ..models import PointerSelector
+from ..search import sample_pools
+from ..search.features import ENCODERS_FILE, MAPS_FILE, FeatureEncoder, FeatureMap, load_encoders
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    What was picked for a query.
+
+    Args:
+        query ([`Example`]):
+            The query.
+        demonstrations (`tuple[Example, ...]`):
+            In prompt order: the last one stands next to the query.
+        log_prob (`float`):
+            Log-probability of the sequence under the selector, in nats.
+    """
+
+    query: Example
+    demonstrations: tuple[Example, ...]
+    log_prob: float
+
+
+class DemonstrationSelector:
+    """
+    Picks demonstrations for raw queries.
+
+    Queries and candidates are embedded by the encoders that the selector was trained with, a pool is retrieved for
+    each query, and the selector picks from it. Embeddings that are there already can be given instead.
+
+    Args:
+        selector ([`PointerSelector`]):
+            A trained selector of any version.
+        encoders (`dict[str, FeatureEncoder]`, *optional*), maps (`dict[str, FeatureMap]`, *optional*):
+            How its features are made of rows; see [`load_encoders`].
+        construct_order (`str`, *optional*, defaults to `"left"`):
+            Where the search put a new demonstration; decides on the order in the prompt.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from lever_grpo import DemonstrationSelector, PointerSelector, PointerSelectorConfig
+    >>> from lever_grpo.data import EmbeddingStore, Example
+    >>> network = PointerSelector(PointerSelectorConfig(embed_dim=4, encoder="none", similarity_prior=True))
+    >>> selector = DemonstrationSelector(network)
+    >>> rows = [Example(i, f"{i}?", (str(i),)) for i in range(3)]
+    >>> vectors = EmbeddingStore({"embedding": np.eye(4, dtype=np.float32)[[0, 1, 2]]})
+    >>> selector.set_candidates(rows, embeddings=vectors)
+    >>> query = EmbeddingStore({"embedding": np.array([[0, 1, 0.1, 0]], np.float32)})
+    >>> (picked,) = selector.select([Example(9, "which?", ("?",))], num_shots=2, embeddings=query)
+    >>> [row.id for row in picked.demonstrations]  # the first pick stands next to the query
+    [2, 1]
+
+    ```
+    """
+
+    def __init__(
+        self,
+        selector: PointerSelector,
+        encoders: Mapping[str, FeatureEncoder] | None = None,
+        maps: Mapping[str, FeatureMap] | None = None,
+        construct_order: str = "left",
+    ):
+        self.selector = selector.eval()
+        self.encoders, self.maps = dict(encoders or {}), dict(maps or {})
+        self.construct_order = construct_order
+        self.candidates: list[Example] = []
+        self._candidate_embeds = torch.empty(0)
+        self._store: EmbeddingStore | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        construct_order: str = "left",
+    ) -> DemonstrationSelector:
+        """
+        Loads a selector with its encoders.
+
+        Args:
+            path (`str` or `Path`):
+                Folder or Hub id.
+            revision (`str`, *optional*):
+                Branch, tag or commit on the Hub.
+            device (`str` or `torch.device`, *optional*):
+                Where the selector and the encoders run.
+            construct_order (`str`, *optional*, defaults to `"left"`):
+                As above.
+        """
+        selector: Any = PointerSelector.from_pretrained(path, revision=revision or "main")
+        folder = Path(path)
+        if not folder.is_dir():
+            names = [ENCODERS_FILE, MAPS_FILE]
+            folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=names))
+        return cls(selector.to(device) if device else selector, *load_encoders(folder), construct_order)
+
+    def set_candidates(self, candidates: Sequence[Example], embeddings: EmbeddingStore | None = None) -> None:
+        """
+        Embeds the candidates, once.
+
+        Args:
+            candidates (`list[Example]`):
+                Rows with answers, each id once.
+            embeddings (`EmbeddingStore`, *optional*):
+                Their features, row `i` those of `candidates[i]`, instead of the encoders.
+
+        Raises:
+            ValueError: if an id is there twice, or a feature has neither embeddings nor an encoder.
+        """
+        if len({row.id for row in candidates}) < len(candidates):
+            raise ValueError("candidates have an id twice; each row may stand in a prompt once, so give each its own.")
+        store = self._embedded(candidates, self.selector.config.candidate_features, embeddings)
+        everything = np.arange(len(candidates))
+        found = store.gather(everything, list(self.selector.config.candidate_features))
+        self._candidate_embeds = torch.from_numpy(found).to(self.selector.device)
+        self.candidates, self._store = list(candidates), store
+
+    @torch.no_grad()
+    def select(
+        self,
+        queries: Sequence[Example],
+        num_shots: int = 2,
+        *,
+        pool_size: int = 64,
+        sampler: str = "text_sim",
+        ratios: Mapping[str, float] | None = None,
+        seed: int = 0,
+        embeddings: EmbeddingStore | None = None,
+        num_beams: int = 1,
+        batch_size: int = 64,
+    ) -> list[Selection]:
+        """
+        Picks demonstrations for queries.
+
+        Args:
+            queries (`list[Example]`):
+                The queries; their answers are not looked at. A candidate with the query's id, or about the query's
+                entity, is not in its pool.
+            num_shots (`int`, *optional*, defaults to `2`):
+                Number of demonstrations.
+            pool_size (`int`, *optional*, defaults to `64`):
+                Candidates that the selector sees of each query; all if there are fewer.
+            sampler (`str`, *optional*, defaults to `"text_sim"`), ratios (`dict[str, float]`, *optional*), seed:
+                How pools are retrieved, see [`sample_pools`]: by the features `question` and `image`, or by what both
+                sides share where there is no such.
+            embeddings (`EmbeddingStore`, *optional*):
+                Features of the queries, row `i` those of `queries[i]`, instead of the encoders.
+            num_beams (`int`, *optional*, defaults to `1`):
+                Width of the selector's beam search.
+            batch_size (`int`, *optional*, defaults to `64`):
+                Queries at a time.
+
+        Returns:
+            `list[Selection]`, in the order of the queries.
+
+        Raises:
+            ValueError: if there are no candidates, or a feature has neither embeddings nor an encoder.
+        """
+        if self._store is None:
+            raise ValueError("there are no candidates to pick from; call set_candidates first.")
+        if not queries:
+            return []
+        config = self.selector.config
+        store = self._embedded(queries, config.query_features, embeddings)
+        embeds = torch.from_numpy(store.gather(np.arange(len(queries)), list(config.query_features)))
+        pools = self._pools(queries, store, pool_size, sampler, ratios, seed)
+        sizes = torch.tensor([len(pool) for pool in pools])
+        indices = torch.nn.utils.rnn.pad_sequence([torch.tensor(pool) for pool in pools], batch_first=True)
+        mask = torch.arange(indices.shape[1]) < sizes[:, None]
+        picked: list[Selection] = []
+        device = self.selector.device
+        for start in range(0, len(queries), batch_size):
+            part = slice(start, start + batch_size)
+            chosen: Any = self.selector.select(
+                embeds[part].to(device),
+                self._candidate_embeds,
+                candidate_mask=mask[part].to(device),
+                candidate_indices=indices[part].to(device),
+                num_shots=num_shots,
+                num_beams=num_beams,
+            )
+            rows = zip(queries[part], pools[part], chosen.sequences[:, 0].tolist(), chosen.scores[:, 0], strict=True)
+            for query, pool, sequence, score in rows:
+                order = to_prompt_order([pool[i] for i in sequence], self.construct_order)
+                picked.append(Selection(query, tuple(self.candidates[i] for i in order), float(score)))
+        return picked
+
+    def _embedded(
+        self, rows: Sequence[Example], widths: Mapping[str, int], embeddings: EmbeddingStore | None
+    ) -> EmbeddingStore:
+        """Features of rows, checked against what the selector reads."""
+        if embeddings is None:
+            unknown = sorted(widths.keys() - self.encoders.keys())
+            if unknown:
+                raise ValueError(
+                    f"the selector sees {', '.join(unknown)}, and its checkpoint does not say how these are made of "
+                    f"rows ({ENCODERS_FILE}); give embeddings."
+                )
+            embeddings = EmbeddingStore({name: self._encode(name, rows) for name in widths})
+        found = {name: embeddings.widths.get(name) for name in widths}
+        if found != dict(widths) or len(embeddings) != len(rows):
+            raise ValueError(
+                f"embeddings have {len(embeddings)} rows of widths {embeddings.widths}; the selector reads "
+                f"{dict(widths)}, of {len(rows)} rows."
+            )
+        return embeddings
+
+    def _encode(self, name: str, rows: Sequence[Example]) -> NDArray[np.float32]:
+        raw = self.encoders[name](rows, self.selector.device)
+        return (self.maps[name](raw) if name in self.maps else raw[:, 0]).astype(np.float32)
+
+    def _pools(
+        self,
+        queries: Sequence[Example],
+        store: EmbeddingStore,
+        pool_size: int,
+        sampler: str,
+        ratios: Mapping[str, float] | None,
+        seed: int,
+    ) -> list[list[int]]:
+        """Candidates of each query, as positions among them."""
+        assert self._store is not None
+        shared = [name for name in store.names if self._store.widths.get(name) == store.widths[name]]
+
+        def table(name: str, others: list[str]) -> NDArray[np.float32] | None:
+            names = [name] if name in shared else others
+            if not names:
+                return None
+            sides = [np.concatenate([side[n] for n in names], axis=1) for side in (self._store, store)]  # type: ignore[index]
+            return np.concatenate(sides, dtype=np.float32)
+
+        # a query that is a candidate too, or about the same thing as some, must not see these
+        known = {(row.id, row.question): i for i, row in enumerate(self.candidates)}
+        first = len(self.candidates)
+        ids = [known.get((query.id, query.question), first + i) for i, query in enumerate(queries)]
+        entities = {i: row.entity for i, row in enumerate(self.candidates) if row.entity is not None}
+        about = Counter(entities.values())
+        entities |= {i: query.entity for i, query in zip(ids, queries, strict=True) if query.entity is not None}
+        hidden = max(max(about[entities.get(i, "")], int(i < first)) for i in ids)
+        return sample_pools(
+            sampler,
+            ids,
+            range(first),
+            min(pool_size, max(first - hidden, 1)),
+            seed=seed,
+            text=table("question", [name for name in shared if name != "image"]),
+            image=table("image", []),
+            ratios=ratios,
+            entities=entities,
+        )
+
+
+def write_selections(selections: Sequence[Selection], path: str | Path) -> None:
+    """JSON lines, one a query: `query_id`, the ids of its `demonstrations` in prompt order, their `questions` and
+    `answers`, and `log_prob`."""
+    with atomic_file(Path(path)) as stream:
+        for picked in selections:
+            record = {
+                "query_id": picked.query.external_id or picked.query.id,
+                "demonstrations": [row.external_id or row.id for row in picked.demonstrations],
+                "questions": [row.question for row in picked.demonstrations],
+                "answers": [row.answers[0] for row in picked.demonstrations],
+                "log_prob": picked.log_prob,
+            }
+            stream.write(orjson.dumps(record) + b"\n")

@@ -1,0 +1,137 @@
+"""From raw rows to picks: the encoders of the checkpoint, pools, prompt order."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from small_language_models import TOKENIZER, llama
+
+from lever_grpo import DemonstrationSelector, PointerSelector, PointerSelectorConfig
+from lever_grpo.cli import main
+from lever_grpo.data import EmbeddingStore, Example
+from lever_grpo.search.features import FeatureEncoder, FeatureMap, save_encoders
+
+
+WIDTH = 8
+
+
+def network(encoder="none", **options):
+    torch.manual_seed(0)
+    widths = {"question": WIDTH}
+    options = {"similarity_prior": encoder == "none", "dropout": 0.0} | options
+    return PointerSelector(
+        PointerSelectorConfig(
+            query_features=widths, candidate_features=widths, encoder=encoder, hidden_dim=16, **options
+        )
+    )
+
+
+def store(count, seed=0):
+    return EmbeddingStore({"question": np.random.default_rng(seed).standard_normal((count, WIDTH)).astype(np.float32)})
+
+
+def rows(count, start=0):
+    return [Example(start + i, f"question {start + i}?", (f"answer {start + i}",)) for i in range(count)]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A selector that sees hidden states of a tiny language model."""
+    llama().save_pretrained(tmp_path / "llama")
+    TOKENIZER.save_pretrained(tmp_path / "llama")
+    encoder = FeatureEncoder("hidden_states", "{question}", str(tmp_path / "llama"), layers=(1, 2))
+    fitted = FeatureMap.fit(encoder(rows(20)), width=WIDTH, standardise=True)
+    network().save_pretrained(tmp_path / "selector")
+    save_encoders(tmp_path / "selector", {"question": encoder}, {"question": fitted})
+    return tmp_path / "selector"
+
+
+@pytest.mark.parametrize("encoder", ["none", "cross_attention", "bi_encoder"])
+def test_picks_are_those_of_the_network(encoder):
+    selector = DemonstrationSelector(network(encoder))
+    candidates, queries = store(12), store(5, seed=1)
+    selector.set_candidates(rows(12), candidates)
+    picked = selector.select(rows(5, 50), 3, pool_size=12, embeddings=queries, batch_size=2)
+    everything = torch.from_numpy(candidates.gather(range(12), ["question"])).expand(5, -1, -1)
+    expected = selector.selector.select(
+        torch.from_numpy(queries.gather(range(5), ["question"])), everything, num_shots=3
+    )
+    # the first pick stands next to the query
+    assert [[row.id for row in p.demonstrations][::-1] for p in picked] == expected.sequences[:, 0].tolist()
+    np.testing.assert_allclose([p.log_prob for p in picked], expected.scores[:, 0].detach().numpy(), rtol=1e-5)
+    assert [p.query.id for p in picked] == list(range(50, 55))
+
+
+def test_encoders_come_with_the_checkpoint(checkpoint):
+    selector = DemonstrationSelector.from_pretrained(checkpoint)
+    candidates = rows(20)
+    selector.set_candidates(candidates)
+    (picked,) = selector.select([Example(99, "question 7?", ("?",))], num_shots=1)
+    assert picked.demonstrations == (candidates[7],)  # the same text, another row
+    (picked,) = selector.select([candidates[7]], num_shots=1)
+    assert picked.demonstrations != (candidates[7],)  # the row itself
+
+
+def test_pools(checkpoint):
+    selector = DemonstrationSelector.from_pretrained(checkpoint, construct_order="right")
+    about = [Example(i, f"question {i}?", ("a",), entity="dog" if i < 15 else f"cat {i}") for i in range(20)]
+    selector.set_candidates(about)
+    query = Example(99, "question 7?", ("?",), entity="dog")
+    (picked,) = selector.select([query], num_shots=5, pool_size=64)
+    assert sorted(row.id for row in picked.demonstrations) == [15, 16, 17, 18, 19]
+    with pytest.raises(ValueError, match="num_shots=6"):
+        selector.select([query], num_shots=6)
+    one, same, other = (selector.select([query], 2, pool_size=3, sampler="random", seed=seed) for seed in (0, 0, 3))
+    assert one == same and one != other
+    assert selector.select([]) == []
+
+
+def test_what_is_missing_is_named():
+    selector = DemonstrationSelector(network())
+    with pytest.raises(ValueError, match="set_candidates first"):
+        selector.select(rows(1), embeddings=store(1))
+    with pytest.raises(ValueError, match="sees question, and its checkpoint does not say.*give embeddings"):
+        selector.set_candidates(rows(3))
+    with pytest.raises(ValueError, match="have 2 rows .* of 3 rows"):
+        selector.set_candidates(rows(3), store(2))
+    with pytest.raises(ValueError, match="an id twice"):
+        selector.set_candidates(rows(1) * 2, store(2))
+
+
+def test_command_line(checkpoint, tmp_path, capsys):
+    def write(name, records):
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+        return str(tmp_path / name)
+
+    candidates = write("c.jsonl", [{"id": f"c{i}", "question": f"question {i}?", "answer": f"{i}"} for i in range(9)])
+    queries = write("q.jsonl", [{"id": "q", "question": "question 3?"}])
+    command = ["select", str(checkpoint), "--queries", queries, "--candidates", candidates]
+    out = tmp_path / "picks.jsonl"
+    assert main([*command, "--out", str(out), "--num_shots", "1"]) == 0
+    (picked,) = map(json.loads, out.read_text().splitlines())
+    assert picked["query_id"] == "q" and picked["demonstrations"] == ["c3"] and picked["answers"] == ["3"]
+    assert picked["questions"] == ["question 3?"] and picked["log_prob"] < 0
+    assert main([*command, "--out", str(out), "--sampler", "mix", "--ratios", "half"]) == 2
+    assert "expected method=share" in capsys.readouterr().err
+    wrong = tmp_path / "e.safetensors"
+    save_file({"question": np.zeros((2, WIDTH), np.float32)}, str(wrong))
+    assert main([*command, "--out", str(out), "--candidate_embeddings", str(wrong)]) == 2
+
+
+def test_a_query_takes_milliseconds():
+    """64 candidates of 768: far from a benchmark, but a slip to per-query encoding would show."""
+    torch.manual_seed(0)
+    config = PointerSelectorConfig.from_preset("v3", embed_dim=768)
+    selector = DemonstrationSelector(PointerSelector(config))
+    vectors = np.random.default_rng(0).standard_normal((320, 768)).astype(np.float32)
+    selector.set_candidates(rows(64), EmbeddingStore({"embedding": vectors[:64]}))
+    queries, embeddings = rows(256, 100), EmbeddingStore({"embedding": vectors[64:]})
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        selector.select(queries, embeddings=embeddings)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) / len(queries) < 0.02
