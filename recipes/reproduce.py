@@ -2,13 +2,15 @@
 
     python recipes/reproduce.py [--tasks emoji ...] [--seeds 5] [--jobs 2] [--output_dir outputs/reproduce]
 
-For each task and seed: the flagship (SFT, agreement of answers, RCE, GRPO of `okvqa_v3.yaml`); the same without the
-agreement of answers, so on the log's scores alone; the literal original setting from the same SFT start; and the
-original system in full (a v2 network from random weights, SFT, then the literal setting). On `emoji` also learning
+For each task and seed: the flagship (SFT, agreement of answers, RCE, GRPO of `okvqa_v3.yaml`); where the log says
+which answers were right, the same with these as a second reward; the flagship without the agreement of answers, so on
+the log's scores alone; the literal original setting from the same SFT start; and the original system in full (a v2
+network from random weights, SFT, then the literal setting). On `emoji` also learning
 curves over the number of training queries. Then, for tasks with few held-out queries, a cross-validation of the
 flagship: five folds of the training queries, each judged by selectors that were trained on the other four. A run that
-is complete is not repeated, one that was cut off is resumed. Ends with `docs/results.md` and
-`docs/cross_validation.md` (and `report.json` in the output folder), whatever they say.
+is complete is not repeated, one that was cut off is resumed. Last, where the frozen model is installed, it answers the
+held-out queries with what every method chose. Ends with `docs/results.md`, `docs/cross_validation.md` and
+`docs/answers.md` (and `report.json` in the output folder), whatever they say.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import numpy as np
 from lever_grpo import GroupBeamGRPOConfig
 from lever_grpo.data import list_samples
 from lever_grpo.pipeline import RecipeArguments, judge, load_task, parse, train
+from lever_grpo.pipeline.evaluate import evaluate, parse_evaluate
 from lever_grpo.report import (
     MethodResult,
     load_results,
@@ -36,6 +39,7 @@ from lever_grpo.report import (
     to_markdown,
     write_report,
 )
+from lever_grpo.scorers.loading import default_model
 
 
 HERE = Path(__file__).resolve().parent
@@ -45,6 +49,13 @@ LEARNING_CURVE = {"emoji": (150, 450)}  # training queries, beside all of them
 CHANGES = {"supersense": ["--sft_num_beams", "3", "--learning_rate", "1e-3", "--grpo_epochs", "10"]}
 CROSS_VALIDATED = ("emoji", "country_facts", "easy_vqa")  # their held-out sets are small
 FOLDS = 5
+# beside the score, whether the answer was right, which only the search's scorer could tell
+FOR_ANSWERS = {"reward_weights": {"beam": 0.25, "task": 2.0}, "task_reward": "correct"}
+ANSWERED = {
+    "supersense": "evaluate_supersense.yaml",
+    "emoji": "evaluate_icl.yaml",
+}  # tasks whose model comes as a package
+JUDGED = ("sft", "agreement", "rce", "grpo", "grpo_answers", "v2_sft")
 # the original setting, to the letter: five surviving beams, π_old fixed at the start, an estimator for the KL, raw
 # scores in RCE, advantages after the curriculum's cut, the last checkpoint
 LITERAL = {
@@ -82,6 +93,16 @@ without rows about its country or image, and with its row in no pool. The search
 where the choice of a method was not scored, its reward is an estimate (`complete_scores`), so the reference is the
 table in [Results](results.md), whose rewards were all given by the model. The settings were chosen on these queries
 too."""
+
+
+ANSWERS_NOTES = """\
+# Answers
+
+SmolLM2-135M-Instruct answers the held-out queries with the demonstrations that each method chose: the share of right
+answers. All methods choose from the same pools of 16; the selectors were trained to choose two demonstrations. "GRPO
+answers" has the rightness of the logged answers as a second reward (weight 2, the score 0.25; chosen on the validation
+queries of `supersense`). [Using and judging](evaluate.md) says what the other rows are.
+"""
 
 
 Arguments = TypeVar("Arguments", RecipeArguments, GroupBeamGRPOConfig)
@@ -123,6 +144,12 @@ def run_one(task: str, seed: int, queries: int | None, output: Path) -> None:
     data = load_task(recipe, seed)
     selectors, _ = train(recipe, args, data, folder)
     if queries is None:
+        column = FOR_ANSWERS["task_reward"]  # estimated validation sets do not have it
+        if all(column in (part.features.get("columns") or {}) for part in (data.train, data.validation)):
+            again = with_values(recipe, {"sft_ckpt": selectors["sft"]})
+            selectors["grpo_answers"] = train(again, with_values(args, FOR_ANSWERS), data, folder / "answers")[0][
+                "grpo"
+            ]
         literal = with_values(args, LITERAL)
         original = with_values(recipe, {**V2, "sft_epochs": 10.0, "sft_learning_rate": 3e-4})
         survivors = load_task(with_values(recipe, {"max_group_size": recipe.sft_num_beams}), seed)
@@ -174,6 +201,34 @@ def learning_curve(output: Path) -> list[dict]:
     return rows
 
 
+def selectors_of(output: Path, task: str) -> list[str]:
+    """All seeds of the selectors of a task, as `lever-grpo evaluate` takes them."""
+    places = {"grpo_answers": "answers/grpo", "v2_sft": "v2/sft"}
+    found = []
+    for name in JUDGED:
+        found += [f"{name}={path}" for path in sorted((output / task).glob(f"seed*/{places.get(name, name)}"))]
+    return found
+
+
+def answers(output: Path, tasks: list[str]) -> str | None:
+    """What the frozen model answers with the choices of every method, as a page; `None` where it is not installed."""
+    try:
+        default_model()
+    except ImportError as error:
+        print(f"docs/answers.md stays as it is: {error}")
+        return None
+    parts = [ANSWERS_NOTES]
+    for task in [task for task in ANSWERED if task in tasks]:
+        options = ["--config", str(HERE / ANSWERED[task]), "--cache_dir", str(output / "cache")]
+        folder = output / "answers" / task
+        evaluation = evaluate(
+            parse_evaluate([*options, "--output_dir", str(folder), "--selectors", *selectors_of(output, task)])
+        )
+        for report in evaluation["metrics"]["accuracy"].values():
+            parts.append(to_markdown({**report, "settings": {}}).replace("\n## ", "\n### ").replace("# ", "## ", 1))
+    return "\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list_samples(), choices=list_samples())
@@ -219,6 +274,9 @@ def main() -> None:
     write_report(report, arguments.output_dir)
     (arguments.docs / "results.md").write_text(to_markdown(report), encoding="utf-8")
     print_report(report)
+    page = answers(arguments.output_dir, arguments.tasks)
+    if page is not None:
+        (arguments.docs / "answers.md").write_text(page, encoding="utf-8")
     if not folded:
         return
     folds = pool_tasks(

@@ -161,7 +161,7 @@ def _dry_run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTCon
     stages = "SFT"
     if isinstance(quiet, GroupBeamGRPOConfig):
         short = replace(recipe, agreement_steps=min(2, recipe.agreement_steps))
-        selector = with_agreement(short, data, selector, args.seed)
+        selector = with_agreement(short, quiet, data, selector)
         trainer = post_train(_two_steps_a_stage(quiet), data, selector, folder / "grpo")
         trainer.evaluate()
         stages = f"RCE, early and late GRPO: {trainer.stage_plan.steps}"

@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import shutil
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from accelerate import PartialState
 from transformers import TrainerState, set_seed
 
 from ..data import DataCollatorForBeams
-from ..inference import evaluate_selectors
 from ..models import PointerSelector, PointerSelectorConfig
 from ..trainer import (
     GroupBeamGRPOConfig,
@@ -51,11 +51,15 @@ def build_selector(recipe: RecipeArguments, collator: DataCollatorForBeams, **ch
 
 
 def with_agreement(
-    recipe: RecipeArguments, data: TaskData, start: PointerSelector, seed: int, output: Path | None = None
+    recipe: RecipeArguments,
+    args: GroupBeamGRPOConfig,
+    data: TaskData,
+    start: PointerSelector,
+    output: Path | None = None,
 ) -> PointerSelector:
     """
     The selector that RCE starts from: `start` or, with `agreement_steps`, `start` fitted to the agreement of answers
-    and saved to `output/agreement`, where that is better on the validation queries.
+    and saved to `output/agreement`, where that is better on the validation queries by what post-training goes for.
     """
     if not recipe.agreement_steps:
         return start
@@ -83,16 +87,22 @@ def with_agreement(
         torch.from_numpy(store.gather(ids, [recipe.answer_feature])),
         torch.tensor(entities),
         steps=recipe.agreement_steps,
-        seed=seed,
+        seed=args.seed,
     )
     if output is not None and PartialState().is_main_process:
         save_selector(fitted, output / "agreement", data)
-    before, after = (
-        evaluate_selectors({"policy": policy}, data.validation, collator, data.num_shots)[-2].rewards.mean()
-        for policy in (start, fitted)
-    )
+    before, after = (validation_reward(args, data, policy) for policy in (start, fitted))
     logger.info("validation reward: %.4f before the agreement of answers, %.4f after it", before, after)
     return fitted if after > before else start
+
+
+def validation_reward(args: GroupBeamGRPOConfig, data: TaskData, selector: PointerSelector) -> float:
+    """The number that post-training chooses its checkpoint by."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = copy.copy(args)
+        options.output_dir, options.report_to, options.push_to_hub = folder, [], False
+        trainer = GroupBeamGRPOTrainer(copy.deepcopy(selector), options, data.collator, data.train, data.validation)
+        return trainer.evaluate()[f"eval_{str(trainer.args.metric_for_best_model).removeprefix('eval_')}"]
 
 
 def sft_config(recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> SelectorSFTConfig:
@@ -158,7 +168,7 @@ def train(
         history += start_with_sft(recipe, sft_config(recipe, args), data, output)
     last = "grpo" if args.grpo_epochs > 0 else "rce"
     if not (output / last).exists():
-        start = with_agreement(recipe, data, PointerSelector.from_pretrained(selectors["sft"]), args.seed, output)
+        start = with_agreement(recipe, args, data, PointerSelector.from_pretrained(selectors["sft"]), output)
         trainer = post_train(args, data, start, checkpoints / "grpo")
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(checkpoints / "grpo" / "trainer_state.json"))
