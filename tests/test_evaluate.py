@@ -172,8 +172,9 @@ def test_answers_of_another_model_are_not_mixed(task):
         def describe(self):
             return {"backend": "other"}
 
-    arguments = EvaluateArguments(**{**task, "num_shots": [1]})
-    evaluate(arguments, Reader())
+    evaluate(EvaluateArguments(**task), Reader())
+    with pytest.raises(ValueError, match="model.separator: None there, ' ' here"):  # though nothing is left to ask
+        evaluate(EvaluateArguments(**{**task, "separator": " "}))
     with pytest.raises(ValueError, match="backend: 'reader' there, 'other' here"):
         evaluate(EvaluateArguments(**task), Other())
     evaluate(EvaluateArguments(**{**task, "overwrite": True}), Other())

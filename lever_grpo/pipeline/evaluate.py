@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ from ..report import MethodResult, build_report, print_report, stack_seeds, writ
 from ..scorers import Scorer
 from ..search import answer_accuracy
 from .evaluate_arguments import BASELINES, EvaluateArguments, parse_evaluate
-from .frozen_model import load_rows, make_scorer, open_store
-from .generate_folder import agree, rows_digest
+from .frozen_model import FrozenModelArguments, load_rows, make_scorer, open_store
+from .generate_folder import FREE, agree, rows_digest
 from .runs import similarity_baseline
 from .task_data import make_collator
 
@@ -101,19 +101,24 @@ def evaluate(arguments: EvaluateArguments, scorer: Scorer | None = None) -> dict
     )
     if state.is_main_process and arguments.overwrite:
         shutil.rmtree(output / "answers", ignore_errors=True)
-        (output / "settings.json").unlink(missing_ok=True)
+        for name in ("settings.json", "scorer.json"):
+            (output / name).unlink(missing_ok=True)
     state.wait_for_everyone()
+    settings = {
+        "model": {f.name: getattr(arguments, f.name) for f in fields(FrozenModelArguments) if f.name not in FREE},
+        "rows_sha256": rows_digest(queries.rows),
+        "max_new_tokens": arguments.max_new_tokens,
+    }
+    what = f"output_dir={arguments.output_dir!r}"
+    if state.is_main_process:
+        agree(output / "settings.json", settings, what)
     missing = sorted(set(asked) - read_answers(output / "answers").keys())
-    if missing:
-        scorer = make_scorer(arguments, state) if scorer is None else scorer
-        settings = {
-            "scorer": scorer.describe(),
-            "rows_sha256": rows_digest(queries.rows),
-            "max_new_tokens": arguments.max_new_tokens,
-        }
-        if state.is_main_process:
-            agree(output / "settings.json", settings, f"output_dir={arguments.output_dir!r}")
-        state.wait_for_everyone()
+    if missing and scorer is None:
+        scorer = make_scorer(arguments, state)
+    if scorer is not None and state.is_main_process:
+        agree(output / "scorer.json", scorer.describe(), what)
+    state.wait_for_everyone()
+    if missing and scorer is not None:
         mine = set(ids[state.process_index :: state.num_processes])
         answer_questions(
             [question for question in asked if question[0] in mine],
