@@ -26,6 +26,7 @@ REQUIREMENTS = [
     "trl>=1.10,<2",  # the argument parser of the recipes
     "datasets>=5.0,<6",
     "accelerate>=1.10,<2",
+    "huggingface_hub>=1.0",
     "numpy>=1.26",
     "safetensors>=0.5",
     "pyarrow>=21.0",
@@ -35,6 +36,7 @@ REQUIREMENTS = [
     "tqdm>=4.66",
     "matplotlib>=3.9",
     "jinja2>=3.1",
+    "markupsafe>=2.1",
     "pyyaml>=6.0.1",
 ]
 

@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> dict:
     shared = CausalLMScorer(model, tokenizer, TEMPLATE, token_budget=args.token_budget)
 
     def fresh(scorer: CausalLMScorer) -> CausalLMScorer:
-        scorer._tokens.clear()  # tokenising counts for both sides
+        scorer._tokens._known.clear()  # tokenising counts for both sides
         return scorer
 
     sides: dict[str, Callable[[], list]] = {

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from lever_grpo import PointerSelector, PointerSelectorConfig
 from lever_grpo.cli import main
 from lever_grpo.inference import best_logged, mixed_picks, mmr_picks, random_picks, read_answers
-from lever_grpo.pipeline.evaluate import EvaluateArguments, evaluate, load_queries, make_picks
+from lever_grpo.pipeline.evaluate import EvaluateArguments, evaluate, load_queries, make_picks, parse_evaluate
 from lever_grpo.scorers import ScorerError
 
 
@@ -224,6 +224,14 @@ def test_command_line(task, capsys, monkeypatch, tmp_path):
     assert main(["evaluate", f"--config={config}", "--num_shots", "1", "--num_queries", "5"]) == 0
     assert capsys.readouterr().out.strip().endswith("out/report.html")
     assert main(["evaluate", "--config", str(config), "--shots", "2"]) == 2
+
+
+@pytest.mark.parametrize("name", ["evaluate_icl", "evaluate_supersense"])
+def test_recipes_parse(name):
+    arguments = parse_evaluate(["--config", str(Path(__file__).resolve().parents[1] / "recipes" / f"{name}.yaml")])
+    rows = load_queries(arguments).rows.values()
+    assert {answer for row in rows for answer in row.answers} == set(arguments.answers)
+    assert arguments.seeds_of.keys() == {"sft", "agreement", "rce", "grpo"}
 
 
 class TestBaselines:

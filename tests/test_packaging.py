@@ -1,6 +1,7 @@
 """What a stranger gets: metadata, package data, lazy imports, accelerate configs, the README's example."""
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -155,7 +156,7 @@ def test_requirements_cover_the_imports(wheel):
     base = requirements(metadata)
     optional = {
         name
-        for extra in ("peft", "encoders", "search", "sample", "captions")
+        for extra in ("peft", "encoders", "search", "sample", "captions", "evaluate")
         for name in requirements(metadata, extra)
     }
     for folder in ("lever_grpo", "recipes", "benchmarks"):
@@ -246,10 +247,35 @@ def test_relative_links_of_documents_exist():
     assert not broken
 
 
+def readme_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_readme_selector_runs(tmp_path):
+    (code,) = [block for block in readme_blocks() if "DemonstrationSelector" in block]
+    for name, count in (("candidates", 4), ("queries", 2)):
+        rows = [{"id": i, "question": f"{name} {i}?"} | ({"answer": "a"} if count == 4 else {}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    header = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from small_language_models import TOKENIZER, llama
+from lever_grpo import PointerSelector, PointerSelectorConfig
+from lever_grpo.search.features import FeatureEncoder, save_encoders, FeatureMap
+import numpy as np
+llama().save_pretrained("llama"); TOKENIZER.save_pretrained("llama")
+config = PointerSelectorConfig(query_features={{"question": 64}}, candidate_features={{"question": 64}})
+PointerSelector(config).save_pretrained("outputs/supersense/grpo")
+encoder = FeatureEncoder("hidden_states", model="llama", layers=(1, 2))
+whole = FeatureMap(np.zeros((2, 32)), np.ones((2, 32)))
+save_encoders("outputs/supersense/grpo", {{"question": encoder}}, {{"question": whole}})
+"""
+    lines = run_python(header + code, cwd=tmp_path).strip().splitlines()
+    assert len(lines) == 2 and all("candidates" in line and "queries" in line for line in lines)
+
+
 def test_readme_quick_start_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 1
-    code, replaced = re.subn('report_to="none"', 'report_to="none", max_steps=4, use_cpu=True', blocks[0])
+    (block,) = [block for block in readme_blocks() if "Trainer" in block]
+    code, replaced = re.subn('report_to="none"', 'report_to="none", max_steps=4, use_cpu=True', block)
     assert replaced == 1
     header = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
     check = "\nprint(trainer.state.global_step, PointerSelector.from_pretrained('outputs/quickstart/selector').dtype)"

@@ -33,7 +33,7 @@ def random_picks(dataset: Dataset, num_shots: int, seed: int = 0) -> NDArray[np.
     >>> from datasets import Dataset
     >>> from lever_grpo.inference import random_picks
     >>> random_picks(Dataset.from_list([{"query_id": 5, "candidate_ids": [7, 8, 9]}]), num_shots=3).tolist()
-    [[1, 0, 2]]
+    [[0, 1, 2]]
 
     ```
     """
