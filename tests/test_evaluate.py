@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -137,6 +138,32 @@ def test_goes_on_after_a_failure(task, tmp_path):
     with pytest.raises(ScorerError):
         evaluate(EvaluateArguments(**task), Reader(fail_after=2))
     assert len(read_answers(Path(task["output_dir"]) / "answers")) == 2 * task["batch_size"]
+    evaluate(EvaluateArguments(**task), Reader())
+    assert files(task["output_dir"]) == files(whole)
+
+
+def test_goes_on_after_a_kill(task, tmp_path):
+    whole = tmp_path / "whole"
+    evaluate(EvaluateArguments(**{**task, "output_dir": str(whole)}), Reader())
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import json, sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from test_evaluate import Reader\n"
+        "from lever_grpo.pipeline.evaluate import EvaluateArguments, evaluate\n"
+        "class Slow(Reader):\n"
+        "    def score(self, prompts):\n"
+        "        time.sleep(0.5)\n"
+        "        return super().score(prompts)\n"
+        "evaluate(EvaluateArguments(**json.loads(sys.argv[2])), Slow())\n"
+    )
+    answers = Path(task["output_dir"]) / "answers"
+    for files_before_the_kill in (1, 3):
+        process = subprocess.Popen([sys.executable, str(script), str(Path(__file__).parent), json.dumps(task)])
+        deadline = time.monotonic() + 120
+        while len(list(answers.glob("*.jsonl"))) < files_before_the_kill and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+        assert process.wait() == -9 and not (answers.parent / "report.json").exists()
     evaluate(EvaluateArguments(**task), Reader())
     assert files(task["output_dir"]) == files(whole)
 
