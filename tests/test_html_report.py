@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lever_grpo.report import MethodResult, build_report, write_html
-from lever_grpo.report.figures import _spread, plot_gains, plot_shots
+from lever_grpo.report.plots import _spread, plot_gains, plot_shots
 
 
 METHODS = ["zero_shot", "random", "similarity", "similarity_all", "sft", "agreement", "rce", "grpo", "oracle"]

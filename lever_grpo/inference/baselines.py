@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,15 +86,14 @@ def mmr_picks(
     """
     if not 0 <= trade_off <= 1:
         raise ValueError(f"trade_off={trade_off}: must be in [0, 1]; 1 is similarity alone.")
-    picks = []
-    for relevance, among in _cosines(dataset, store, features):
-        chosen = [int(relevance.argmax())]
-        while len(chosen) < num_shots:
-            value = trade_off * relevance - (1 - trade_off) * among[:, chosen].max(axis=1)
-            value[chosen] = -np.inf
-            chosen.append(int(value.argmax()))
-        picks.append(chosen)
-    return np.array(picks)
+
+    def picked(relevance: NDArray[np.float32], among: NDArray[np.float32]) -> list[int]:
+        return _greedy(
+            num_shots,
+            lambda chosen: trade_off * relevance - (1 - trade_off) * among[:, chosen].max(axis=1, initial=-1),
+        )
+
+    return np.array([picked(*cosines) for cosines in _cosines(dataset, store, features)])
 
 
 def mixed_picks(dataset: Dataset, store: EmbeddingStore, features: Sequence[str], num_shots: int) -> NDArray[np.int64]:
@@ -126,15 +125,12 @@ def mixed_picks(dataset: Dataset, store: EmbeddingStore, features: Sequence[str]
 
     ```
     """
-    picks = []
-    for similar in zip(*(_cosines(dataset, store, [name]) for name in features), strict=True):
-        chosen: list[int] = []
-        while len(chosen) < num_shots:
-            value = similar[len(chosen) % len(features)][0].copy()
-            value[chosen] = -np.inf
-            chosen.append(int(value.argmax()))
-        picks.append(chosen)
-    return np.array(picks)
+
+    def picked(similar: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> list[int]:
+        return _greedy(num_shots, lambda chosen: similar[len(chosen) % len(features)][0])
+
+    by_feature = (_cosines(dataset, store, [name]) for name in features)
+    return np.array([picked(similar) for similar in zip(*by_feature, strict=True)])
 
 
 def best_logged(rows: Iterable[Mapping[str, Any]], num_shots: int) -> NDArray[np.int64] | None:
@@ -146,6 +142,16 @@ def best_logged(rows: Iterable[Mapping[str, Any]], num_shots: int) -> NDArray[np
             return None
         picks.append(max(scored)[1])
     return np.array(picks)
+
+
+def _greedy(num_shots: int, value_after: Callable[[list[int]], NDArray[np.float32]]) -> list[int]:
+    """Picks one after the other by what each candidate, (K,), is worth after those that are picked."""
+    chosen: list[int] = []
+    while len(chosen) < num_shots:
+        value = value_after(chosen).copy()
+        value[chosen] = -np.inf
+        chosen.append(int(value.argmax()))
+    return chosen
 
 
 def _cosines(

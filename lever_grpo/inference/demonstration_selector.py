@@ -138,7 +138,7 @@ class DemonstrationSelector:
         self._candidate_embeds = torch.from_numpy(found).to(self.selector.device)
         self.candidates, self._store = list(candidates), store
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def select(
         self,
         queries: Sequence[Example],

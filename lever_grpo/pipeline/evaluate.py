@@ -178,39 +178,19 @@ def load_queries(arguments: EvaluateArguments) -> Queries:
 
 def make_picks(arguments: EvaluateArguments, queries: Queries, num_shots: int) -> Picks:
     """What every method chooses for each query, as row ids in prompt order, for each of its seeds or draws."""
-    dataset, collator = queries.dataset, queries.collator
-    shared = tuple(name for name in collator.query_features if name in collator.candidate_features)
-    pictures = tuple(name for name in shared if name == "image")
-
-    def by(features: tuple[str, ...]) -> list[NDArray[np.int64]]:
-        return [choose(similarity_baseline(collator, features), dataset, collator, num_shots)]
-
-    found: dict[str, list[NDArray[np.int64]]] = {}
+    dataset = queries.dataset
+    found = {}
     for name in BASELINES if arguments.baselines is None else arguments.baselines:
-        if name == "zero_shot":
-            found[name] = [np.zeros((len(dataset), 0), dtype=np.int64)]
-        elif name == "random":
-            draws = range(arguments.random_draws)
-            found[name] = [random_picks(dataset, num_shots, arguments.seed + draw) for draw in draws]
-        elif name == "similarity" and queries.similarity:
-            found[name] = by(queries.similarity)
-        elif name == "similarity_image" and pictures:
-            found[name] = by(pictures)
-        elif name == "similarity_all" and set(shared) != set(queries.similarity):
-            found[name] = by(shared)
-        elif name == "mix" and pictures and len(shared) > 1:
-            features = (next(feature for feature in shared if feature not in pictures), *pictures)
-            found[name] = [mixed_picks(dataset, queries.store, features, num_shots)]
-        elif name == "mmr" and queries.similarity:
-            found[name] = [mmr_picks(dataset, queries.store, queries.similarity, num_shots, arguments.mmr_trade_off)]
-        elif name == "oracle" and arguments.candidate_pools is None:
-            best = best_logged(dataset, num_shots)
-            if best is not None:
-                found[name] = [best]
+        picks = baseline_picks(name, arguments, queries, num_shots)
+        if picks:
+            found[name] = picks
         elif arguments.baselines is not None:
-            raise ValueError(f"baselines has {name!r}, and the data have no features for it; leave it out.")
+            raise ValueError(
+                f"baselines has {name!r}, which the data do not allow with {num_shots} shots; leave it out."
+            )
     for name, paths in arguments.seeds_of.items():
-        found[name] = [choose(PointerSelector.from_pretrained(path), dataset, collator, num_shots) for path in paths]
+        selectors = map(PointerSelector.from_pretrained, paths)
+        found[name] = [choose(selector, dataset, queries.collator, num_shots) for selector in selectors]
     pools = list(dataset["candidate_ids"])
     return {
         name: [
@@ -222,6 +202,35 @@ def make_picks(arguments: EvaluateArguments, queries: Queries, num_shots: int) -
         ]
         for name, seeds in found.items()
     }
+
+
+def baseline_picks(
+    name: str, arguments: EvaluateArguments, queries: Queries, num_shots: int
+) -> list[NDArray[np.int64]]:
+    """Pool positions in search order, (Q, S), for each draw of a baseline; none where the data do not allow it."""
+    dataset, store, collator = queries.dataset, queries.store, queries.collator
+    shared = tuple(feature for feature in collator.query_features if feature in collator.candidate_features)
+    texts = tuple(feature for feature in shared if feature != "image")
+    images = tuple(feature for feature in shared if feature == "image")
+    if name == "zero_shot":
+        return [np.zeros((len(dataset), 0), dtype=np.int64)]
+    if name == "random":
+        return [random_picks(dataset, num_shots, arguments.seed + draw) for draw in range(arguments.random_draws)]
+    if name == "mix":
+        return [mixed_picks(dataset, store, (texts[0], *images), num_shots)] if texts and images else []
+    if name == "mmr":
+        trade_off, features = arguments.mmr_trade_off, queries.similarity
+        return [mmr_picks(dataset, store, features, num_shots, trade_off)] if features else []
+    if name == "oracle":
+        best = best_logged(dataset, num_shots) if arguments.candidate_pools is None else None
+        return [] if best is None else [best]
+    similarities = {
+        "similarity": queries.similarity,
+        "similarity_image": images,
+        "similarity_all": shared if set(shared) != set(queries.similarity) else (),
+    }
+    features = similarities[name]
+    return [choose(similarity_baseline(collator, features), dataset, collator, num_shots)] if features else []
 
 
 def _evaluation(

@@ -1,10 +1,7 @@
-"""
-The report as pictures: the training's curves as small multiples and the gains as a dot plot; and the coordinates of
-the plots that the HTML page draws itself (`templates/plots.html`).
-"""
+"""The report as pictures: the training's curves as small multiples, and the gains as a dot plot."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from .results import BASELINES, ORACLE, method_label, method_order
+from .results import BASELINES, ORACLE, method_label
 from .tables import pair_label
 
 
@@ -194,13 +191,13 @@ def draw_gains(report: Mapping[str, Any]) -> bytes:
     ```
     """
     methods, paired = report["methods"], report["paired"]
-    colors = _method_colors(methods)
+    colors = method_colors(methods)
     height = 1.3 + 0.36 * max(len(methods), len(paired))
     figure = Figure(figsize=(12.0 if paired else 7.0, max(height, 2.6)), dpi=130, layout="constrained")
     axes = figure.subplots(1, 2 if paired else 1, squeeze=False)[0]
     left = axes[0]
     _style(left, "Mean reward on held-out queries")
-    off_scale = _off_scale(methods)
+    off_scale = off_scale_methods(methods)
     ends = [x for name, row in methods.items() if name not in off_scale for x in row["reward"].values()]
     margin = 0.06 * (max(ends) - min(ends) or 1.0)
     low, high = min(ends) - margin, max(ends) + margin
@@ -238,136 +235,6 @@ def draw_gains(report: Mapping[str, Any]) -> bytes:
     return _png(figure)
 
 
-def plot_shots(reports: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Coordinates of a line per method: its mean reward, with its interval, against the number of shots.
-
-    A zero-shot row far below the others is named in `below` in place of a line, as in [`draw_gains`].
-
-    Args:
-        reports (`Mapping`):
-            What [`build_report`] returned, by number of shots.
-
-    Example:
-    ```python
-    >>> from lever_grpo.report import MethodResult, build_report
-    >>> from lever_grpo.report.figures import plot_shots
-    >>> reports = {n: build_report([MethodResult("sft", [0.0, 1.0]), MethodResult("grpo", [1.0, 1.0])]) for n in "12"}
-    >>> [(line["label"], len(line["points"])) for line in plot_shots(reports)["lines"]]
-    [('SFT', 2), ('GRPO', 2)]
-
-    ```
-    """
-    left, right, top, bottom = 60, 560, 16, 316
-    names = method_order(list(dict.fromkeys(name for report in reports.values() for name in report["methods"])))
-    colors = _method_colors({name: None for name in names})
-    below = {name for report in reports.values() for name in _off_scale(report["methods"])}
-    rows = {
-        name: [(i, r["methods"][name]["reward"]) for i, r in enumerate(reports.values()) if name in r["methods"]]
-        for name in names
-        if name not in below
-    }
-    place, ticks = _axis([x for row in rows.values() for _, interval in row for x in interval.values()], bottom, top)
-    slot = (right - left) / len(reports)
-    step = min(9.0, 0.7 * slot / len(rows))  # the methods stand side by side, so that no interval hides another
-    lines: list[dict[str, Any]] = []
-    for j, (name, row) in enumerate(rows.items()):
-        shift = (j - (len(rows) - 1) / 2) * step
-        points = [
-            {"x": round(left + slot * (i + 0.5) + shift, 1)} | {key: place(interval[key]) for key in interval}
-            for i, interval in row
-        ]
-        color = PART if name in BASELINES else colors[name]  # on a screen, FAINT would be too faint for a line
-        apart = name in ("zero_shot", ORACLE)
-        lines.append({"label": method_label(name), "color": color, "apart": apart, "points": points})
-    ends = _spread([line["points"][-1]["mean"] for line in lines], 16.0, top, bottom)
-    return {
-        "width": right + 40 + 7 * max(len(line["label"]) for line in lines),
-        "height": bottom + 50,
-        "frame": (left, right, top, bottom),
-        "x_ticks": [(round(left + slot * (i + 0.5), 1), shots) for i, shots in enumerate(reports)],
-        "y_ticks": ticks,
-        "lines": [line | {"end": round(end, 1)} for line, end in zip(lines, ends, strict=True)],
-        "below": [method_label(name) for name in names if name in below],
-    }
-
-
-def plot_gains(reports: Mapping[str, Any]) -> dict[str, Any] | None:
-    """
-    Coordinates of the paired differences with their intervals, a row per pair and a panel per number of shots; `None`
-    without pairs.
-
-    Args:
-        reports (`Mapping`):
-            What [`build_report`] returned, by number of shots.
-
-    Example:
-    ```python
-    >>> from lever_grpo.report import MethodResult, build_report
-    >>> from lever_grpo.report.figures import plot_gains
-    >>> report = build_report([MethodResult("sft", [0.0, 1.0]), MethodResult("grpo", [1.0, 2.0])])
-    >>> [row["label"] for row in plot_gains({"1": report, "2": report})["rows"]]
-    ['GRPO - SFT']
-
-    ```
-    """
-    pairs = list(dict.fromkeys(pair for report in reports.values() for pair in report["paired"]))
-    if not pairs:
-        return None
-    colors = _method_colors({name: None for report in reports.values() for name in report["methods"]})
-    keys = ("mean", "ci_low", "ci_high")
-    left, top, line, gap = round(7 * max(len(pair_label(pair)) for pair in pairs) + 16), 30, 24, 24
-    width = max(640 / len(reports), 150.0)
-    values = [row[key] for report in reports.values() for row in report["paired"].values() for key in keys]
-    panels = []
-    for i, (shots, report) in enumerate(reports.items()):
-        start = round(left + i * width, 1)
-        end = round(start + width - gap, 1)
-        place, ticks = _axis([0.0, *values], start, end, most=4)
-        dots = [
-            {key: place(row[key]) for key in keys}
-            | {"y": top + line * (pairs.index(pair) + 0.5), "color": colors[pair.partition("_minus_")[0]]}
-            | {"hollow": row["ci_low"] <= 0.0 <= row["ci_high"]}
-            for pair, row in report["paired"].items()
-        ]
-        panels.append({"shots": shots, "start": start, "end": end, "zero": place(0.0), "x_ticks": ticks, "dots": dots})
-    methods = [pair.partition("_minus_")[0] for pair in pairs]
-    rows = [
-        {"label": pair_label(pair), "y": top + line * (i + 0.5), "first": i > 0 and methods[i] != methods[i - 1]}
-        for i, pair in enumerate(pairs)
-    ]
-    bottom = top + line * len(pairs)
-    size = {"width": round(left + width * len(reports)), "height": bottom + 48, "line": line}
-    return size | {"left": left, "top": top, "bottom": bottom, "rows": rows, "panels": panels}
-
-
-def _axis(
-    values: Sequence[float], start: float, end: float, most: int = 6
-) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
-    """A linear scale that puts the values, and a margin, onto [start, end], and its round ticks."""
-    margin = 0.06 * (max(values) - min(values) or 1.0)
-    low, high = min(values) - margin, max(values) + margin
-
-    def place(value: float) -> float:
-        return round(start + (value - low) / (high - low) * (end - start), 1)
-
-    ticks = MaxNLocator(nbins=most).tick_values(low, high)
-    return place, [(place(tick), f"{tick:.4g}") for tick in ticks if low <= tick <= high]
-
-
-def _spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The places moved until they are `gap` apart, in their order and inside [low, high] as far as they fit."""
-    order = sorted(range(len(places)), key=places.__getitem__)
-    moved = list(places)
-    previous = low - gap
-    for i in order:
-        previous = moved[i] = max(places[i], previous + gap)
-    following = high + gap
-    for i in reversed(order):
-        following = moved[i] = min(moved[i], following - gap)
-    return moved
-
-
 def _draw_dot(axes: Axes, row: int, interval: Mapping[str, float], color: str, hollow: bool = False) -> None:
     axes.plot([interval["ci_low"], interval["ci_high"]], [row, row], color=color, linewidth=2.0, alpha=0.75, zorder=2)
     face = "white" if hollow else color
@@ -381,7 +248,7 @@ def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_axisbelow(True)
 
 
-def _off_scale(methods: Mapping[str, Any]) -> set[str]:
+def off_scale_methods(methods: Mapping[str, Any]) -> set[str]:
     """The zero-shot row, when it lies further below the other rows than these are wide."""
     means = [row["reward"]["mean"] for name, row in methods.items() if name != "zero_shot"]
     if "zero_shot" not in methods or len(means) < 2:
@@ -390,7 +257,7 @@ def _off_scale(methods: Mapping[str, Any]) -> set[str]:
     return {"zero_shot"} if below > max(means) - min(means) > 0.0 else set()
 
 
-def _method_colors(methods: Mapping[str, Any]) -> dict[str, str]:
+def method_colors(methods: Mapping[str, Any]) -> dict[str, str]:
     others = iter(OTHER_METHOD_COLORS * len(methods))
     colors = {}
     for name in methods:

@@ -112,7 +112,7 @@ def _notes(evaluation: Mapping[str, Any]) -> list[str]:
 def _metric(name: str, reports: Mapping[str, Any]) -> dict[str, Any]:
     """One metric's tables, a column per number of shots, and its plots."""
     # Here, because it imports matplotlib, which the rest of the package never needs.
-    from .figures import plot_gains, plot_shots
+    from .plots import plot_gains, plot_shots
 
     # A hundredth of the gap is what a reader compares; the intervals are wider than that.
     digits = min(
