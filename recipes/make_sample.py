@@ -7,7 +7,8 @@
 
 The rows of a task are divided into candidates, training, validation and held-out queries. Each kind of query is
 searched in a log of its own by `lever_grpo.pipeline.generate`: what is in the folder `--work` is not asked again, so a
-run that was stopped goes on. `make sample` downloads the sources and makes `supersense`.
+run that was stopped goes on, and `torchrun --nproc_per_node 2` shares the queries between processes (one thread in each
+is faster than one process with two). `make sample` downloads the sources and makes `supersense`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import tarfile
 import zipfile
 from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
 from build_sample import HIDDEN_LAYERS, lost_width, reduce_width, store_once, write_log
 from safetensors.numpy import save_file
 
@@ -36,6 +40,7 @@ from lever_grpo.search.features import FeatureEncoder, FeatureMap, save_encoders
 
 SIZES = {"candidates": 2000, "train": 2000, "validation": 300, "heldout": 500}
 POOL_SIZE = 16
+BEAM_SIZES = {"supersense": 3, "easy_vqa": 1}  # of the training log; a prompt with images costs three times as much
 # the lexicographer's files of WordNet that make the classes of `supersense`, and what the prompt calls them
 CLASSES = {
     "act": "action",
@@ -252,19 +257,22 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.work / args.task
     rows_file, pools_file = folder / "rows.jsonl", folder / "pools.jsonl"
+    # as `generate` makes it: processes wait for the slowest one
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
     if args.task == "projector":
         made = projector_rows(args.source, folder)
         for split in ("train", "heldout"):
             chosen = [row for row in made if row["split"] == split]
             write_lines(folder / f"{split}.jsonl", [{"id": i, **row} for i, row in enumerate(chosen)])
         return
-    if not rows_file.exists():
-        made = easy_vqa_rows(args.source, folder) if args.task == "easy_vqa" else supersense_rows(args.source)
-        write_lines(rows_file, [{"id": i, **row} for i, row in enumerate(made)])
-    shares = [orjson.loads(line)["split"] for line in rows_file.read_bytes().splitlines()]
-    rows = load_examples(rows_file)
-    if not pools_file.exists():
-        write_lines(pools_file, make_pools(args.task, rows, shares))
+    with state.main_process_first():
+        if not rows_file.exists():
+            made = easy_vqa_rows(args.source, folder) if args.task == "easy_vqa" else supersense_rows(args.source)
+            write_lines(rows_file, [{"id": i, **row} for i, row in enumerate(made)])
+        shares = [orjson.loads(line)["split"] for line in rows_file.read_bytes().splitlines()]
+        rows = load_examples(rows_file)
+        if not pools_file.exists():
+            write_lines(pools_file, make_pools(args.task, rows, shares))
     for split in ("heldout", "validation", "train"):
         generate(
             GenerateArguments(
@@ -273,7 +281,7 @@ def main() -> None:
                 query_ids=[row.id for row, share in zip(rows, shares, strict=True) if share == split],
                 # every pair of the pool where selectors are judged; in training, what a search looks at and, as a
                 # search meets few sequences that fail, some that it would not look at
-                beam_size=3 if split == "train" else POOL_SIZE,
+                beam_size=BEAM_SIZES[args.task] if split == "train" else POOL_SIZE,
                 random_sequences=24 if split == "train" else 0,
                 score="log_prob",
                 judge="all",
@@ -284,7 +292,8 @@ def main() -> None:
                 **SETTINGS[args.task],
             )
         )
-    pack(args.task, rows, shares, folder, args.output / args.task)
+    if state.is_main_process:
+        pack(args.task, rows, shares, folder, args.output / args.task)
 
 
 if __name__ == "__main__":

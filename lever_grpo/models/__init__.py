@@ -2,8 +2,11 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from .configuration_pointer_selector import PRESETS, PointerSelectorConfig
-from .modeling_pointer_selector import PointerSelector, PointerSelectorOutput, SelectionOutput
+from .auto import PRESETS, SELECTORS, config_from_preset, load_selector
+from .configuration_pointer_selector import PointerSelectorConfig
+from .configuration_selector import SelectorConfig
+from .modeling_pointer_selector import PointerSelector
+from .modeling_selector import SelectionOutput, SelectorModel, SelectorOutput
 from .modeling_visual_prefix import (
     VisualPrefixConfig,
     VisualPrefixForConditionalGeneration,
@@ -12,20 +15,26 @@ from .modeling_visual_prefix import (
 from .processing_visual_prefix import VisualPrefixProcessor
 
 
-AutoConfig.register(PointerSelectorConfig.model_type, PointerSelectorConfig, exist_ok=True)
-AutoModel.register(PointerSelectorConfig, PointerSelector, exist_ok=True)
+for selector in SELECTORS:
+    AutoConfig.register(selector.config_class.model_type, selector.config_class, exist_ok=True)
+    AutoModel.register(selector.config_class, selector, exist_ok=True)
 AutoConfig.register(VisualPrefixConfig.model_type, VisualPrefixConfig, exist_ok=True)
 AutoModelForImageTextToText.register(VisualPrefixConfig, VisualPrefixForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(VisualPrefixConfig, VisualPrefixProcessor, exist_ok=True)
 
 __all__ = [
     "PRESETS",
+    "SELECTORS",
     "PointerSelector",
     "PointerSelectorConfig",
-    "PointerSelectorOutput",
     "SelectionOutput",
+    "SelectorConfig",
+    "SelectorModel",
+    "SelectorOutput",
     "VisualPrefixConfig",
     "VisualPrefixForConditionalGeneration",
     "VisualPrefixProcessor",
     "VisualPrefixProjector",
+    "config_from_preset",
+    "load_selector",
 ]

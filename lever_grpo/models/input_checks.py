@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from .configuration_pointer_selector import PointerSelectorConfig
+from .configuration_selector import SelectorConfig
 
 
 def check_pools(
-    config: PointerSelectorConfig,
+    config: SelectorConfig,
     query_embeds: Tensor,
     candidate_embeds: Tensor,
     candidate_mask: Tensor | None,

@@ -1,4 +1,6 @@
-"""The parts of the pointer selector: attention over the pool, and the decoder's state update."""
+"""The parts of the pointer selector: attention over the pool, the decoder's state update, the logits by its state."""
+
+import math
 
 import torch
 from torch import nn
@@ -38,6 +40,31 @@ class AttentionLayer(nn.Module):
         return self.output_norm(x + self.dropout(self.down_proj(F.gelu(self.up_proj(x)))))  # (B, length, H)
 
 
+class PointerScore(nn.Module):
+    """Logits of candidates by the decoder's state; `kind` as `PointerSelectorConfig.scoring`."""
+
+    def __init__(self, config: PointerSelectorConfig):
+        super().__init__()
+        self.kind = config.scoring
+        width = config.hidden_dim
+        self.state_proj = nn.Linear(width, width, bias=False)
+        if self.kind == "additive":
+            self.candidate_proj = nn.Linear(width, width)
+            self.out = nn.Linear(width, 1, bias=False)
+
+    @property
+    def last(self) -> nn.Linear:
+        """With its weights at zero, all logits are."""
+        return self.out if self.kind == "additive" else self.state_proj
+
+    def forward(self, state: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        state = self.state_proj(state)  # (B, G, H)
+        if self.kind == "additive":
+            hidden = torch.tanh(state.unsqueeze(2) + self.candidate_proj(candidates).unsqueeze(1))  # (B, G, K, H)
+            return self.out(hidden).squeeze(-1)  # (B, G, K)
+        return state @ candidates.transpose(1, 2) / math.sqrt(candidates.shape[-1])
+
+
 class StateUpdate(nn.Module):
     """How the decoder's state takes in a pick; `kind` as `PointerSelectorConfig.state_update`."""
 
@@ -45,15 +72,21 @@ class StateUpdate(nn.Module):
         super().__init__()
         self.kind = config.state_update
         width = config.hidden_dim
-        parts = 2 if self.kind == "gated" else 1
+        parts = {"additive": 1, "gated": 2, "gru": 3}[self.kind]
         self.from_state = nn.Linear(width, parts * width)
         self.from_pick = nn.Linear(width, parts * width, bias=False)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, state: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
-        change = self.from_state(state) + self.from_pick(pick)  # (B, G, H) or (B, G, 2H)
+        from_state, from_pick = self.from_state(state), self.from_pick(pick)  # (B, G, parts * H)
         if self.kind == "additive":
-            return self.norm(state + change)
-        gate, proposal = change.chunk(2, dim=-1)
+            return self.norm(state + from_state + from_pick)
+        if self.kind == "gated":
+            gate, proposal = (from_state + from_pick).chunk(2, dim=-1)
+        else:  # Cho et al., 2014, in the form of `torch.nn.GRU`
+            state_reset, state_gate, state_proposal = from_state.chunk(3, dim=-1)
+            pick_reset, pick_gate, pick_proposal = from_pick.chunk(3, dim=-1)
+            gate = state_gate + pick_gate
+            proposal = pick_proposal + torch.sigmoid(state_reset + pick_reset) * state_proposal
         gate = torch.sigmoid(gate)
         return self.norm(gate * state + (1 - gate) * torch.tanh(proposal))  # (B, G, H)

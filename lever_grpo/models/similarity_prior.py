@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .configuration_pointer_selector import PointerSelectorConfig
+from .configuration_selector import SelectorConfig
 
 
 GAIN = 16.0  # a power of two: multiplying and dividing by it is exact
@@ -60,7 +60,7 @@ class SimilarityPrior(nn.Module):
     divided by 16, so that they move in step with the matrices under one learning rate.
     """
 
-    def __init__(self, config: PointerSelectorConfig):
+    def __init__(self, config: SelectorConfig):
         super().__init__()
         self.config = config
         self.pairs = [pair.split(":") for pair in config.prior_pairs]

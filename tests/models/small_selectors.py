@@ -2,7 +2,7 @@
 
 import torch
 
-from lever_grpo import PointerSelector, PointerSelectorConfig
+from lever_grpo.models import PRESETS, SelectorConfig, SelectorModel, config_from_preset
 
 
 # Neither features nor pairs are in alphabetical order, nor are the widths alike: a mix-up shows.
@@ -21,17 +21,21 @@ VARIANTS = {
     "v1-prior": {"preset": "v1", "similarity_prior": True},
     "v3-sets": {"preset": "v3", "num_set_layers": 1},
     "v3-prior-sets": {"preset": "v3", "similarity_prior": True, "num_set_layers": 2, "num_layers": 2},
+    "gru-additive": {"preset": "v3", "state_update": "gru", "scoring": "additive"},
+    "terms": {"preset": "v3", "decoder_terms": ["mmr", "coverage", "dpp"], "term_rank": 3},
+    "prior-terms": {"preset": "v3", "similarity_prior": True, "decoder_terms": ["dpp"], "scoring": "additive"},
 }
 
 
-def make_config(variant: str = "v3", **options) -> PointerSelectorConfig:
-    return PointerSelectorConfig.from_preset(**{**SMALL, **VARIANTS[variant], **options})
+def make_config(variant: str = "v3", **options) -> SelectorConfig:
+    return config_from_preset(**{**SMALL, **VARIANTS[variant], **options})
 
 
-def make_selector(variant: str = "v3", seed: int = 0, trained: bool = True, **options) -> PointerSelector:
+def make_selector(variant: str = "v3", seed: int = 0, trained: bool = True, **options) -> SelectorModel:
     """In double precision and evaluation mode; `trained` moves every weight, also those that start at zero or one."""
     torch.manual_seed(seed)
-    selector = PointerSelector(make_config(variant, **options)).double().eval()
+    kind = PRESETS[VARIANTS[variant]["preset"]]
+    selector = kind(make_config(variant, **options)).double().eval()
     if trained:
         with torch.no_grad():
             for name, parameter in selector.named_parameters():
@@ -51,7 +55,7 @@ def make_batch(queries: int = 2, pool: int = 5, group: int = 3, shots: int = 3, 
     }
 
 
-def gradients(selector: PointerSelector, inputs: dict, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(selector: SelectorModel, inputs: dict, weights: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of the weighted sum of log-probs, by parameter."""
     selector.zero_grad()
     (selector(**inputs).log_probs * weights).sum().backward()

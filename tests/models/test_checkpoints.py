@@ -43,7 +43,7 @@ def test_weights_that_a_checkpoint_lacks_start_at_the_baseline(tmp_path):
     assert (loaded.prior.redundancy == 0).all() and (loaded.prior.agreement == 0).all()
     assert all((metric.up.weight == 0).all() for metric in loaded.prior.query_metric.values())
     assert all((metric.down.weight != 0).all() for metric in loaded.prior.query_metric.values())
-    assert torch.equal(loaded.pointer.weight, selector.pointer.weight)
+    assert torch.equal(loaded.pointer.state_proj.weight, selector.pointer.state_proj.weight)
 
 
 def test_initial_weights_have_the_scale_of_their_width():
@@ -60,8 +60,12 @@ def test_lora_trains_only_its_adapters(variant, task_type, tmp_path):
     base = {name: value.clone() for name, value in selector.state_dict().items()}
     before = selector(**batch).log_probs.detach()
     selector.save_pretrained(tmp_path / "base")
-    targets = {"prior": ["down", "up"], "v1": ["pointer", "from_pick"], "v1-prior": ["pointer", "from_pick", "up"]}
-    targets = targets.get(variant, ["q_proj", "v_proj", "pointer"])
+    targets = {
+        "prior": ["down", "up"],
+        "v1": ["state_proj", "from_pick"],
+        "v1-prior": ["state_proj", "from_pick", "up"],
+    }
+    targets = targets.get(variant, ["q_proj", "v_proj", "state_proj"])
     model = get_peft_model(selector, LoraConfig(r=2, target_modules=targets, task_type=task_type)).train()
     assert torch.allclose(model.eval()(**batch).log_probs, before)  # an adapter starts as no change
     model.train()

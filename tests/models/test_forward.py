@@ -79,11 +79,39 @@ def reference_log_probs(selector: PointerSelector, query, pool, sequence) -> lis
     for layer in range(config.num_layers if config.encoder == "cross_attention" else 0):
         state = attention(f"layers.{layer}", state, candidates)
 
+    def term_gain(name, candidate, picked, start):
+        def seen(x):
+            return linear(f"terms.{name}.{'prototypes' if name == 'coverage' else 'view'}", x)
+
+        if name == "mmr":
+            return -max(F.cosine_similarity(seen(candidate), seen(x), dim=0) for x in picked)
+        if name == "coverage":
+            needs = len(seen(candidate)) * linear("terms.coverage.needs", start).softmax(0)
+            left = torch.stack([1 - seen(x).sigmoid() for x in picked]).prod(0)
+            return (needs * seen(candidate).sigmoid() * left).sum()
+
+        def volume(rows):  # the definition, of the kernel of a set of candidates
+            rows = torch.stack([seen(x) for x in rows])
+            return torch.logdet(torch.eye(len(rows), dtype=rows.dtype) + rows @ rows.T)
+
+        return volume([*picked, candidate]) - volume(picked)
+
+    start = state if network else None
     steps = []
     for step, pick in enumerate(sequence):
         logits = torch.zeros(len(pool), dtype=query.dtype)
         if network:
-            logits = torch.stack([linear("pointer", state) @ c for c in candidates]) / math.sqrt(config.hidden_dim)
+            asking = linear("pointer.state_proj", state)
+            if config.scoring == "additive":
+                hidden = [(asking + linear("pointer.candidate_proj", c)).tanh() for c in candidates]
+                logits = torch.cat([linear("pointer.out", x) for x in hidden])
+            else:
+                logits = torch.stack([asking @ c for c in candidates]) / math.sqrt(config.hidden_dim)
+            for name in config.decoder_terms if step else ():
+                gains = torch.stack(
+                    [term_gain(name, c, [candidates[i] for i in sequence[:step]], start) for c in candidates]
+                )
+                logits = logits + weights[f"terms.{name}.weight"][step - 1] * gains
         if config.similarity_prior:
             logits = logits + mixed[:, min(step, 1)]
             for picked in sequence[:step]:
@@ -93,11 +121,19 @@ def reference_log_probs(selector: PointerSelector, query, pool, sequence) -> lis
         if not network:
             continue
         change = linear("state_update.from_state", state) + linear("state_update.from_pick", candidates[pick])
+        width = len(state)
         if config.state_update == "additive":
             state = state + change
-        else:
-            gate, proposal = change[: len(state)].sigmoid(), change[len(state) :].tanh()
+        elif config.state_update == "gated":
+            gate, proposal = change[:width].sigmoid(), change[width:].tanh()
             state = gate * state + (1 - gate) * proposal
+        else:  # an independent implementation
+            cell = torch.nn.GRUCell(width, width, dtype=state.dtype)
+            cell.weight_ih.copy_(weights["state_update.from_pick.weight"])
+            cell.weight_hh.copy_(weights["state_update.from_state.weight"])
+            cell.bias_ih.zero_()
+            cell.bias_hh.copy_(weights["state_update.from_state.bias"])
+            state = cell(candidates[pick], state)
         state = norm("state_update.norm", state)
     return steps
 
@@ -296,7 +332,7 @@ def test_the_encoder_runs_once_per_query_whatever_the_group(group):
     selector, batch = make_selector("v3-prior-sets"), make_batch(queries=3, pool=4, group=group)
     seen = {}
     for name, module in selector.named_modules():
-        if name.endswith("_proj") or "metric" in name:
+        if (name.endswith("_proj") and not name.startswith("pointer")) or "metric" in name:
             module.register_forward_hook(
                 lambda module, args, output, name=name: seen.setdefault(name, []).append(tuple(args[0].shape))
             )
@@ -412,6 +448,5 @@ def test_dropout_is_for_training_alone(variant):
 def test_the_relations_of_the_set_layers_teach_the_prior_nothing():
     # the prior learns as the logit that it is, not as an input of the network that corrects it
     selector, batch = make_selector("v3-prior-sets"), make_batch()
-    mask = torch.ones(2, 5, dtype=torch.bool)
-    prior = selector.encode(batch["query_embeds"], batch["candidate_embeds"]).prior
-    assert prior.first.requires_grad and not selector._relations(prior, mask).requires_grad
+    pools = selector.check_inputs(batch["query_embeds"], batch["candidate_embeds"], None, None)
+    assert pools.prior.first.requires_grad and not selector._relations(pools).requires_grad

@@ -49,7 +49,7 @@ def test_the_logits_are_exactly_scale_times_cosine(rank):
     torch.testing.assert_close(
         selector.prior(encoding.prior, torch.zeros(3, 1, 0, dtype=torch.long)).squeeze(1), 20.0 * cosine(query, pool)
     )
-    assert (selector.pointer(encoding.state) == 0).all()
+    assert (selector.pointer(encoding.state, encoding.candidates) == 0).all()
 
 
 def test_the_baseline_holds_in_training_mode_too():

@@ -519,7 +519,9 @@ def test_batch_scale_is_that_of_the_whole_step(planted, tmp_path):
 def test_adapters_only(planted, tmp_path):
     from peft import LoraConfig, PeftModel
 
-    lora = LoraConfig(r=4, target_modules=["candidate_proj", "pointer", "from_pick"], task_type="FEATURE_EXTRACTION")
+    lora = LoraConfig(
+        r=4, target_modules=["candidate_proj", "state_proj", "from_pick"], task_type="FEATURE_EXTRACTION"
+    )
     model = make_selector()
     before = weights_of(model)
     trainer = make_trainer(tmp_path / "run", planted, model, peft_config=lora, learning_rate=0.05, grpo_epochs=10)

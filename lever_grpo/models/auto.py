@@ -1,0 +1,60 @@
+"""Which kinds of selectors there are: by the name of a version, and by what a checkpoint says it is."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModel
+
+from .configuration_selector import SelectorConfig
+from .modeling_pointer_selector import PointerSelector
+from .modeling_selector import SelectorModel
+
+
+SELECTORS: tuple[type[SelectorModel], ...] = (PointerSelector,)
+PRESETS = {preset: kind for kind in SELECTORS for preset in kind.config_class.presets}
+
+
+def config_from_preset(preset: str, **kwargs: Any) -> SelectorConfig:
+    """
+    The configuration of a named version, of whatever kind it is.
+
+    Args:
+        preset (`str`):
+            A name in `PRESETS`.
+        **kwargs:
+            Arguments of its configuration, on top of the preset's.
+
+    Raises:
+        ValueError: if the name is unknown, or an argument does not fit.
+
+    Example:
+
+    ```python
+    >>> from lever_grpo.models import config_from_preset
+    >>> config_from_preset("v1", embed_dim=384).encoder
+    'bi_encoder'
+
+    ```
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is unknown; the presets are {', '.join(PRESETS)}.")
+    return PRESETS[preset].config_class.from_preset(preset, **kwargs)
+
+
+def load_selector(path: str | Path, **kwargs: Any) -> SelectorModel:
+    """
+    Loads a selector of any kind.
+
+    Args:
+        path (`str` or `Path`):
+            A local folder, or the id of one on the Hub.
+        **kwargs:
+            Passed to `from_pretrained`.
+
+    Raises:
+        ValueError: if the checkpoint is of another kind of model.
+    """
+    config = AutoConfig.from_pretrained(path, **kwargs)
+    if not isinstance(config, SelectorConfig):
+        raise ValueError(f"{path}: model_type={config.model_type!r} is no selector; give a checkpoint of a selector.")
+    return AutoModel.from_pretrained(path, config=config, **kwargs)
