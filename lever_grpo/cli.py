@@ -105,6 +105,21 @@ def evaluate_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_train(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("train", help="post-train a selector", prefix_chars="+", add_help=False)
+    parser.add_argument("arguments", nargs="*", help="--config FILE and options; --help lists them")
+    parser.set_defaults(run=train_command)
+
+
+def train_command(args: argparse.Namespace) -> int:
+    """Post-train a selector, SFT → RCE → GRPO, and report what each stage gained, as `recipes/okvqa_v3.py` does."""
+    from .pipeline import parse, run
+    from .trainer import GroupBeamGRPOConfig
+
+    run(*parse(args.arguments, GroupBeamGRPOConfig))
+    return 0
+
+
 def add_select(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("select", help="pick demonstrations", description=select_command.__doc__)
     parser.add_argument("selector", help="a trained selector: folder or Hub id")
@@ -147,6 +162,40 @@ def select_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("convert", help="take in a public checkpoint", description=convert_command.__doc__)
+    parser.add_argument("checkpoint", help="of Lever-LM or Lever-Plus: .ckpt, .pt, .pth or .safetensors")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--num_attention_heads", type=int, metavar="N", help="default: Lever-LM 8, Lever-Plus 1")
+    plus = parser.add_argument_group("Lever-Plus")
+    plus.add_argument(
+        "--logit_temperature", type=float, metavar="T", help="default: as the checkpoint says, else Lever-Plus's own"
+    )
+    lm = parser.add_argument_group("Lever-LM")
+    lm.add_argument("--query_features", nargs="+", metavar="NAME", help="its query_encoding_flag (default image text)")
+    lm.add_argument("--candidate_features", nargs="+", metavar="NAME", help="its icd_encoding_flag (default none)")
+    lm.add_argument("--max_shots", type=int, metavar="N", help="longest sequence (default 8)")
+    parser.set_defaults(run=convert_command)
+
+
+def convert_command(args: argparse.Namespace) -> int:
+    """Write a public Lever-LM or Lever-Plus checkpoint as a selector, without running anything in the file."""
+    from .convert import convert_checkpoint
+
+    conversion = convert_checkpoint(
+        args.checkpoint,
+        args.output_dir,
+        num_attention_heads=args.num_attention_heads,
+        logit_temperature=args.logit_temperature,
+        query_features=args.query_features,
+        candidate_features=args.candidate_features,
+        max_shots=args.max_shots,
+    )
+    print(conversion)
+    print(args.output_dir)
+    return 0
+
+
 def add_env(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("env", help="versions, for a bug report", description=env_command.__doc__)
     parser.set_defaults(run=env_command)
@@ -175,7 +224,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-COMMANDS = (add_inspect, add_generate, add_select, add_evaluate, add_env)
+COMMANDS = (add_inspect, add_generate, add_train, add_select, add_evaluate, add_convert, add_env)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from .examples import Example
 from .export import export_lever_lm, export_lever_plus
 from .inspect import LogReport, inspect_log, print_report
 from .orders import parse_log_name, to_prompt_order, to_search_order
+from .raw_collator import DataCollatorForRawBeams
 from .records import BeamDataError
 from .sample import SampleTask, list_samples, load_sample
 from .splits import drop_candidates, split_by_query
@@ -19,6 +20,7 @@ __all__ = [
     "BeamJson",
     "BeamJsonConfig",
     "DataCollatorForBeams",
+    "DataCollatorForRawBeams",
     "EmbeddingStore",
     "Example",
     "LogReport",

@@ -69,53 +69,62 @@ class DataCollatorForBeams:
         return {name: self.store.widths[name] for name in self.candidate_features}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        query_ids = np.array([row["query_id"] for row in rows], dtype=np.int64)
-        pool_sizes = np.array([len(row["candidate_ids"]) for row in rows])
-        candidate_mask = _mask(pool_sizes)  # (B, K)
-        flat_ids = np.fromiter(
-            chain.from_iterable(row["candidate_ids"] for row in rows), np.int64, int(pool_sizes.sum())
-        )
-        unique_ids, inverse = np.unique(flat_ids, return_inverse=True)
-        candidate_indices = np.zeros(candidate_mask.shape, dtype=np.int64)
-        candidate_indices[candidate_mask] = inverse  # (B, K)
-
-        group_sizes = np.array([len(row["sequences"]) for row in rows])
-        beam_mask = _mask(group_sizes)  # (B, G)
-        flat_sequences = list(chain.from_iterable(row["sequences"] for row in rows))
-        flat_lengths = np.fromiter(map(len, flat_sequences), np.int64, len(flat_sequences))
-        lengths = np.zeros(beam_mask.shape, dtype=np.int64)
-        lengths[beam_mask] = flat_lengths
-        sequence_mask = _mask(lengths)  # (B, G, S)
-        positions = np.fromiter(chain.from_iterable(flat_sequences), np.int64, int(flat_lengths.sum()))
-        sequences = np.zeros(sequence_mask.shape, dtype=np.int64)
-        sequences[sequence_mask] = positions
-        self._check_positions(sequences, pool_sizes, query_ids)
-
-        rewards = {"score": _per_sequence([row["scores"] for row in rows], beam_mask, "scores", query_ids)}
-        for name in (rows[0].get("columns") or {}) if rows else {}:
-            rewards[name] = _per_sequence([row["columns"][name] for row in rows], beam_mask, name, query_ids)
-        survived = _per_sequence([row.get("survived") for row in rows], beam_mask, "survived", query_ids) == 1.0
+        groups, candidate_ids = collate_groups(rows)
+        query_ids = groups["query_ids"].numpy()
         return {
             "query_embeds": torch.from_numpy(self.store.gather(query_ids, self.query_features)),
-            "candidate_embeds": torch.from_numpy(self.store.gather(unique_ids, self.candidate_features)),
-            "candidate_indices": torch.from_numpy(candidate_indices),
-            "candidate_mask": torch.from_numpy(candidate_mask),
-            "sequences": torch.from_numpy(sequences),
-            "sequence_mask": torch.from_numpy(sequence_mask),
-            "rewards": {name: torch.from_numpy(values) for name, values in rewards.items()},
-            "survived": torch.from_numpy(survived),
-            "query_ids": torch.from_numpy(query_ids),
+            "candidate_embeds": torch.from_numpy(self.store.gather(candidate_ids, self.candidate_features)),
+            **groups,
         }
 
-    @staticmethod
-    def _check_positions(sequences: np.ndarray, pool_sizes: np.ndarray, query_ids: np.ndarray) -> None:
-        bad = (sequences < 0) | (sequences >= pool_sizes[:, None, None])
-        if bad.any():
-            row = int(np.argwhere(bad)[0][0])
-            raise BeamDataError(
-                f"query {query_ids[row]}: sequences must hold positions in the pool of {pool_sizes[row]}, "
-                f"found {sorted(set(sequences[row][bad[row]].tolist()))}"
-            )
+
+def collate_groups(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], np.ndarray]:
+    """What a batch holds whatever rows are seen by: all of [`DataCollatorForBeams`] but the embeddings; and the ids of
+    the U different candidates, into which `candidate_indices` points."""
+    query_ids = np.array([row["query_id"] for row in rows], dtype=np.int64)
+    pool_sizes = np.array([len(row["candidate_ids"]) for row in rows])
+    candidate_mask = _mask(pool_sizes)  # (B, K)
+    flat_ids = np.fromiter(chain.from_iterable(row["candidate_ids"] for row in rows), np.int64, int(pool_sizes.sum()))
+    unique_ids, inverse = np.unique(flat_ids, return_inverse=True)
+    candidate_indices = np.zeros(candidate_mask.shape, dtype=np.int64)
+    candidate_indices[candidate_mask] = inverse  # (B, K)
+
+    group_sizes = np.array([len(row["sequences"]) for row in rows])
+    beam_mask = _mask(group_sizes)  # (B, G)
+    flat_sequences = list(chain.from_iterable(row["sequences"] for row in rows))
+    flat_lengths = np.fromiter(map(len, flat_sequences), np.int64, len(flat_sequences))
+    lengths = np.zeros(beam_mask.shape, dtype=np.int64)
+    lengths[beam_mask] = flat_lengths
+    sequence_mask = _mask(lengths)  # (B, G, S)
+    positions = np.fromiter(chain.from_iterable(flat_sequences), np.int64, int(flat_lengths.sum()))
+    sequences = np.zeros(sequence_mask.shape, dtype=np.int64)
+    sequences[sequence_mask] = positions
+    _check_positions(sequences, pool_sizes, query_ids)
+
+    rewards = {"score": _per_sequence([row["scores"] for row in rows], beam_mask, "scores", query_ids)}
+    for name in (rows[0].get("columns") or {}) if rows else {}:
+        rewards[name] = _per_sequence([row["columns"][name] for row in rows], beam_mask, name, query_ids)
+    survived = _per_sequence([row.get("survived") for row in rows], beam_mask, "survived", query_ids) == 1.0
+    groups = {
+        "candidate_indices": torch.from_numpy(candidate_indices),
+        "candidate_mask": torch.from_numpy(candidate_mask),
+        "sequences": torch.from_numpy(sequences),
+        "sequence_mask": torch.from_numpy(sequence_mask),
+        "rewards": {name: torch.from_numpy(values) for name, values in rewards.items()},
+        "survived": torch.from_numpy(survived),
+        "query_ids": torch.from_numpy(query_ids),
+    }
+    return groups, unique_ids
+
+
+def _check_positions(sequences: np.ndarray, pool_sizes: np.ndarray, query_ids: np.ndarray) -> None:
+    bad = (sequences < 0) | (sequences >= pool_sizes[:, None, None])
+    if bad.any():
+        row = int(np.argwhere(bad)[0][0])
+        raise BeamDataError(
+            f"query {query_ids[row]}: sequences must hold positions in the pool of {pool_sizes[row]}, "
+            f"found {sorted(set(sequences[row][bad[row]].tolist()))}"
+        )
 
 
 def _mask(sizes: np.ndarray) -> np.ndarray:

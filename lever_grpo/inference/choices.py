@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..data import DataCollatorForBeams, fully_scored
 from ..metrics import expected_reward, oracle_reward, random_reward, score_percentile
-from ..models import PointerSelector
+from ..models import SelectorModel
 from ..report import MethodResult
 
 
@@ -24,29 +24,32 @@ _FORWARD_INPUTS = (*_POOL_INPUTS, "sequences", "sequence_mask")
 
 @torch.no_grad()
 def choose(
-    selector: PointerSelector,
+    selector: SelectorModel,
     dataset: Dataset,
     collator: DataCollatorForBeams,
     num_shots: int = 2,
+    min_shots: int | None = None,
     batch_size: int = 64,
 ) -> NDArray[np.int64]:
     """
     The greedy choice of a selector for every query of a data set.
 
     Args:
-        selector ([`PointerSelector`]):
+        selector ([`SelectorModel`]):
             The policy; it is left in evaluation mode.
         dataset (`datasets.Dataset`):
             Rows of [`load_beams`].
         collator ([`DataCollatorForBeams`]):
             Makes batches of rows.
         num_shots (`int`, *optional*, defaults to `2`):
-            Number S of demonstrations.
+            Number S of demonstrations, of a selector that may stop the most.
+        min_shots (`int`, *optional*, defaults to `num_shots`):
+            The fewest of a selector that may stop.
         batch_size (`int`, *optional*, defaults to `64`):
             Queries per batch.
 
     Returns:
-        `NDArray` of shape `(Q, S)`: pool positions in search order.
+        `NDArray` of shape `(Q, S)`: pool positions in search order, -1 behind the end of a short sequence.
 
     Example:
 
@@ -67,13 +70,13 @@ def choose(
     for start in range(0, len(dataset), batch_size):
         batch = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
         inputs = {name: batch[name].to(selector.device) for name in _POOL_INPUTS}
-        sequences: Any = selector.select(**inputs, num_shots=num_shots).sequences  # (B, 1, S)
-        picks.append(sequences[:, 0].cpu().numpy())
+        chosen: Any = selector.select(**inputs, num_shots=num_shots, min_shots=min_shots or num_shots)
+        picks.append(chosen.sequences[:, 0].cpu().numpy())  # (B, S)
     return np.concatenate(picks)
 
 
 def evaluate_selectors(
-    selectors: Mapping[str, PointerSelector],
+    selectors: Mapping[str, SelectorModel],
     dataset: Dataset,
     collator: DataCollatorForBeams,
     num_shots: int = 2,
@@ -82,7 +85,7 @@ def evaluate_selectors(
     What the choices of several selectors were worth on held-out queries, beside zero-shot, random and the oracle.
 
     Args:
-        selectors (`dict[str, PointerSelector]`):
+        selectors (`dict[str, SelectorModel]`):
             Name of the report's row → policy.
         dataset (`datasets.Dataset`):
             Held-out queries. Where **every** sequence of `num_shots` shots was scored, the greedy choice is looked up;
@@ -130,7 +133,7 @@ def evaluate_selectors(
 
 @torch.no_grad()
 def _expected_rewards(
-    selector: PointerSelector, dataset: Dataset, collator: DataCollatorForBeams, batch_size: int = 64
+    selector: SelectorModel, dataset: Dataset, collator: DataCollatorForBeams, batch_size: int = 64
 ) -> NDArray[np.float64]:
     """Expected reward of the policy restricted to each logged group, (Q,)."""
     selector.eval()

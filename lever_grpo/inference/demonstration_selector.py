@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..atomic import atomic_file
 from ..data import EmbeddingStore, Example, to_prompt_order
-from ..models import PointerSelector
+from ..models import SelectorModel, load_selector
 from ..search import sample_pools
 from ..search.features import ENCODERS_FILE, MAPS_FILE, FeatureEncoder, FeatureMap, load_encoders
 
@@ -48,7 +48,7 @@ class DemonstrationSelector:
     each query, and the selector picks from it. Embeddings that are there already can be given instead.
 
     Args:
-        selector ([`PointerSelector`]):
+        selector ([`SelectorModel`]):
             A trained selector of any version.
         encoders (`dict[str, FeatureEncoder]`, *optional*), maps (`dict[str, FeatureMap]`, *optional*):
             How its features are made of rows; see [`load_encoders`].
@@ -76,7 +76,7 @@ class DemonstrationSelector:
 
     def __init__(
         self,
-        selector: PointerSelector,
+        selector: SelectorModel,
         encoders: Mapping[str, FeatureEncoder] | None = None,
         maps: Mapping[str, FeatureMap] | None = None,
         construct_order: str = "left",
@@ -110,7 +110,7 @@ class DemonstrationSelector:
             construct_order (`str`, *optional*, defaults to `"left"`):
                 As above.
         """
-        selector: Any = PointerSelector.from_pretrained(path, revision=revision or "main")
+        selector: Any = load_selector(path, revision=revision or "main")
         folder = Path(path)
         if not folder.is_dir():
             names = [ENCODERS_FILE, MAPS_FILE]
@@ -160,7 +160,7 @@ class DemonstrationSelector:
                 The queries; their answers are not looked at. A candidate with the query's id, or about the query's
                 entity, is not in its pool.
             num_shots (`int`, *optional*, defaults to `2`):
-                Number of demonstrations.
+                Number of demonstrations; of a selector that may stop, the most.
             pool_size (`int`, *optional*, defaults to `64`):
                 Candidates that the selector sees of each query; all if there are fewer.
             sampler (`str`, *optional*, defaults to `"text_sim"`), ratios (`dict[str, float]`, *optional*), seed:
@@ -204,7 +204,7 @@ class DemonstrationSelector:
             )
             rows = zip(queries[part], pools[part], chosen.sequences[:, 0].tolist(), chosen.scores[:, 0], strict=True)
             for query, pool, sequence, score in rows:
-                order = to_prompt_order([pool[i] for i in sequence], self.construct_order)
+                order = to_prompt_order([pool[i] for i in sequence if i >= 0], self.construct_order)
                 picked.append(Selection(query, tuple(self.candidates[i] for i in order), float(score)))
         return picked
 

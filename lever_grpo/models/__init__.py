@@ -3,8 +3,14 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .auto import PRESETS, SELECTORS, config_from_preset, load_selector
+from .configuration_clip_selector import ClipSelectorConfig
+from .configuration_gpt2_selector import GPT2SelectorConfig
+from .configuration_lever_plus import LeverPlusSelectorConfig
 from .configuration_pointer_selector import PointerSelectorConfig
 from .configuration_selector import SelectorConfig
+from .modeling_clip_selector import ClipSelector
+from .modeling_gpt2_selector import GPT2Selector
+from .modeling_lever_plus import LeverPlusSelector
 from .modeling_pointer_selector import PointerSelector
 from .modeling_selector import SelectionOutput, SelectorModel, SelectorOutput
 from .modeling_visual_prefix import (
@@ -25,6 +31,12 @@ AutoProcessor.register(VisualPrefixConfig, VisualPrefixProcessor, exist_ok=True)
 __all__ = [
     "PRESETS",
     "SELECTORS",
+    "ClipSelector",
+    "ClipSelectorConfig",
+    "GPT2Selector",
+    "GPT2SelectorConfig",
+    "LeverPlusSelector",
+    "LeverPlusSelectorConfig",
     "PointerSelector",
     "PointerSelectorConfig",
     "SelectionOutput",

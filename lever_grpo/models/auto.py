@@ -6,11 +6,14 @@ from typing import Any
 from transformers import AutoConfig, AutoModel
 
 from .configuration_selector import SelectorConfig
+from .modeling_clip_selector import ClipSelector
+from .modeling_gpt2_selector import GPT2Selector
+from .modeling_lever_plus import LeverPlusSelector
 from .modeling_pointer_selector import PointerSelector
 from .modeling_selector import SelectorModel
 
 
-SELECTORS: tuple[type[SelectorModel], ...] = (PointerSelector,)
+SELECTORS: tuple[type[SelectorModel], ...] = (GPT2Selector, PointerSelector, LeverPlusSelector, ClipSelector)
 PRESETS = {preset: kind for kind in SELECTORS for preset in kind.config_class.presets}
 
 

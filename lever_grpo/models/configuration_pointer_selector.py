@@ -3,12 +3,12 @@
 from typing import Any, ClassVar
 
 from .configuration_selector import SelectorConfig
+from .decoder_terms import TERMS
 
 
 ENCODERS = ("none", "bi_encoder", "cross_attention")
 STATE_UPDATES = ("additive", "gated", "gru")
 SCORINGS = ("bilinear", "additive")
-DECODER_TERMS = ("mmr", "coverage", "dpp")
 
 
 class PointerSelectorConfig(SelectorConfig):
@@ -85,11 +85,10 @@ class PointerSelectorConfig(SelectorConfig):
         self._one_of("scoring", SCORINGS)
         for name, lowest in (("num_attention_heads", 1), ("num_layers", 0), ("num_set_layers", 0), ("term_rank", 1)):
             self._at_least(name, lowest)
-        unknown = [name for name in self.decoder_terms if name not in DECODER_TERMS]
+        unknown = [name for name in self.decoder_terms if name not in TERMS]
         if unknown or len(set(self.decoder_terms)) < len(self.decoder_terms):
-            raise ValueError(
-                f"decoder_terms={self.decoder_terms}: must be among {', '.join(DECODER_TERMS)}, each once."
-            )
+            known = ", ".join(TERMS)
+            raise ValueError(f"decoder_terms={self.decoder_terms}: must be among {known}, each once.")
         if self.hidden_dim % self.num_attention_heads:
             raise ValueError(
                 f"hidden_dim={self.hidden_dim} is not a multiple of num_attention_heads={self.num_attention_heads}; "

@@ -4,12 +4,18 @@ Terms that the pointer selector's decoder may add to its logits, in view of what
 A term is a [`DecoderTerm`] with an entry in `TERMS`; `PointerSelectorConfig.decoder_terms` names those that are used.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .configuration_pointer_selector import PointerSelectorConfig
+
+if TYPE_CHECKING:
+    from .configuration_pointer_selector import PointerSelectorConfig
 
 
 class DecoderTerm(nn.Module):
@@ -90,8 +96,8 @@ class DPPTerm(DecoderTerm):
     r"""
     The gain in log-volume of a determinantal point process (Kulesza and Taskar, 2012) with a kernel of low rank:
     \\( \lambda_t \left( \log\det(I + \Phi_{a,c}^\top \Phi_{a,c}) - \log\det(I + \Phi_a^\top \Phi_a) \right) =
-    \lambda_t \log\left( 1 + \phi_c^\top (I + \sum_{j<t} \phi_{a_j} \phi_{a_j}^\top)^{-1} \phi_c \right) \\). A candidate
-    counts by what the picks *together* do not span.
+    \lambda_t \log\left( 1 + \phi_c^\top (I + \sum_{j<t} \phi_{a_j} \phi_{a_j}^\top)^{-1} \phi_c \right) \\). A
+    candidate counts by what the picks *together* do not span.
     """
 
     def __init__(self, config: PointerSelectorConfig):

@@ -88,6 +88,7 @@ class SelectorModel(PreTrainedModel):
     \\( h = \) `stop_logit(state)`, the next pick is made with probability \\( \sigma(-h) \\).
     """
 
+    config: SelectorConfig
     config_class: type[SelectorConfig] = SelectorConfig
     base_model_prefix = "selector"
     main_input_name = "query_embeds"
@@ -178,6 +179,7 @@ class SelectorModel(PreTrainedModel):
         available: torch.Tensor,  # (B, G, K)
         picks: torch.Tensor,  # (B, G, t) what was picked so far
         temperature: float,
+        may_stop: bool = True,
     ) -> torch.Tensor:
         """The distribution (B, G, A) of the next step."""
         logits = self.step_logits(encoding, state, picks)
@@ -187,7 +189,7 @@ class SelectorModel(PreTrainedModel):
         log_probs = torch.log_softmax((logits / temperature).masked_fill(~(available | ~left), -math.inf), dim=-1)
         if self.stop_head is None:
             return log_probs
-        if not picks.shape[-1]:  # one demonstration at least
+        if not (may_stop and picks.shape[-1]):  # one demonstration at least
             return F.pad(log_probs, (0, 1), value=-math.inf)
         more = -self.stop_head(self.stop_features(state)).to(log_probs.dtype) / temperature  # (B, G, 1)
         more = torch.where(left, more, -1e4)  # nothing is left to pick: stop
@@ -289,6 +291,7 @@ class SelectorModel(PreTrainedModel):
         candidate_mask: torch.Tensor | None = None,
         num_shots: int = 2,
         candidate_indices: torch.Tensor | None = None,
+        min_shots: int = 1,
         num_beams: int = 1,
         do_sample: bool = False,
         num_return_sequences: int | None = None,
@@ -304,6 +307,8 @@ class SelectorModel(PreTrainedModel):
             num_shots (`int`, *optional*, defaults to `2`):
                 Number S of demonstrations, with `config.stop` the most; at most the number of candidates of the
                 smallest pool.
+            min_shots (`int`, *optional*, defaults to `1`):
+                With `config.stop`, the fewest: before, the policy is not asked whether to stop.
             num_beams (`int`, *optional*, defaults to `1`):
                 Width of the beam search; 1 is greedy.
             do_sample (`bool`, *optional*, defaults to `False`):
@@ -351,10 +356,10 @@ class SelectorModel(PreTrainedModel):
         if not do_sample:
             scores[:, 1:] = -math.inf  # all beams are equal before the first pick: keep one
         for step in range(num_shots):
-            distribution = self._step_log_probs(encoding, state, available, sequences.clamp(min=0), temperature)
-            if self.stop_head is not None and step:  # (B, R, K + 1): what has ended stays so
-                distribution = distribution.masked_fill(ended.unsqueeze(-1), -math.inf)
-                distribution[..., -1].masked_fill_(ended, 0.0)
+            picks = sequences.clamp(min=0)
+            distribution = self._step_log_probs(encoding, state, available, picks, temperature, step >= min_shots)
+            if self.stop_head is not None:
+                distribution = _decide_to_stop(distribution, ended, greedy=width == 1 and not do_sample)
             actions = distribution.shape[-1]
             if do_sample:
                 pick = torch.multinomial(distribution.exp().flatten(0, 1), 1, generator=generator).view(batch, width)
@@ -377,6 +382,19 @@ class SelectorModel(PreTrainedModel):
             sequences=sequences.gather(1, order.unsqueeze(-1).expand(-1, -1, num_shots)),
             scores=scores.gather(1, order),
         )
+
+
+def _decide_to_stop(distribution: torch.Tensor, ended: torch.Tensor, greedy: bool) -> torch.Tensor:
+    """
+    The distribution (B, R, K + 1) with what has `ended` (B, R) staying so. Greedy decoding asks first whether to stop,
+    then what to pick: a stop that is less probable than not must not win against many candidates.
+    """
+    picks, stop = distribution[..., :-1], distribution[..., -1:]
+    stop = stop.masked_fill(ended.unsqueeze(-1), 0.0)
+    stops = stop > math.log(0.5) if greedy else ended.unsqueeze(-1)
+    if greedy:
+        stop = stop.masked_fill(~stops, -math.inf)
+    return torch.cat([picks.masked_fill(stops, -math.inf), stop], dim=-1)
 
 
 def _without(available: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..models import PRESETS
 from ..trainer import SelectorTrainingArguments
@@ -59,7 +60,10 @@ class RecipeArguments:
         sft_epochs, sft_learning_rate, sft_num_beams:
             The supervised stage: its epochs, peak learning rate, and the best beams that it imitates.
         model_preset (`str`, *optional*, defaults to `"v3"`):
-            Version of the selector, and below it the options of [`PointerSelectorConfig`] that recipes set.
+            Version of the selector: `"v0"` (a sequence model), `"v1"` (bi-encoder), `"v2"` or `"v3"` (with
+            cross-attention), and below it the options of its configuration that recipes set.
+        model_init_kwargs (`dict`, *optional*):
+            Any further options of its configuration, such as `{"state_update": "gru"}`; they come last.
         dry_run (`bool`, *optional*, defaults to `False`):
             Check everything, run two steps of each stage, write nothing.
         overwrite (`bool`, *optional*, defaults to `False`):
@@ -84,6 +88,9 @@ class RecipeArguments:
         default=None, metadata={"help": "Embeddings of the similarity baseline."}
     )
     num_shots: int = field(default=2, metadata={"help": "Length of the sequences."})
+    min_shots: int | None = field(
+        default=None, metadata={"help": "Shortest sequences to train on, for a selector that may stop."}
+    )
     max_group_size: int | None = field(default=None, metadata={"help": "Sequences kept per group; default all."})
     max_samples: int | None = field(default=None, metadata={"help": "Training queries to use; default all."})
     sft_ckpt: str | None = field(default=None, metadata={"help": "Selector to start from: a folder or a Hub id."})
@@ -95,6 +102,9 @@ class RecipeArguments:
     sft_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the supervised stage."})
     sft_num_beams: int = field(default=5, metadata={"help": "Best beams that the supervised stage imitates."})
     model_preset: str = field(default="v3", metadata={"help": f"One of {', '.join(PRESETS)}."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further options of the selector's configuration, as JSON."}
+    )
     encoder: str | None = field(default=None, metadata={"help": "Encoder, if not the preset's; 'none': prior alone."})
     hidden_dim: int = field(default=64, metadata={"help": "Width of the network."})
     num_set_layers: int = field(default=0, metadata={"help": "Self-attention layers among the candidates."})
@@ -103,6 +113,19 @@ class RecipeArguments:
     dropout: float = field(default=0.3, metadata={"help": "Dropout of the network and of the prior."})
     dry_run: bool = field(default=False, metadata={"help": "Check everything, run two steps a stage, write nothing."})
     overwrite: bool = field(default=False, metadata={"help": "Whether to delete an earlier run in output_dir."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model_init_kwargs, str):
+            given = self.model_init_kwargs
+            try:
+                self.model_init_kwargs = json.loads(given)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"model_init_kwargs={given!r} is no JSON ({error}); write options and values as in "
+                    '\'{"state_update": "gru"}\'.'
+                ) from error
+        if not isinstance(self.model_init_kwargs, dict | None):
+            raise ValueError(f"model_init_kwargs={self.model_init_kwargs!r}: expected options and their values.")
 
 
 def parse(arguments: Sequence[str], config: type[TrainingConfig]) -> tuple[RecipeArguments, TrainingConfig]:

@@ -27,7 +27,7 @@ from ..data.examples import Example
 from ..data.pools import PoolSource
 from ..inference import best_logged, choose, mixed_picks, mmr_picks, random_picks
 from ..inference.answering import Answered, Question, answer_questions, read_answers
-from ..models import PointerSelector
+from ..models import load_selector
 from ..report import MethodResult, build_report, print_report, stack_seeds, write_html, write_report
 from ..scorers import Scorer
 from ..search import answer_accuracy
@@ -189,13 +189,13 @@ def make_picks(arguments: EvaluateArguments, queries: Queries, num_shots: int) -
                 f"baselines has {name!r}, which the data do not allow with {num_shots} shots; leave it out."
             )
     for name, paths in arguments.seeds_of.items():
-        selectors = map(PointerSelector.from_pretrained, paths)
-        found[name] = [choose(selector, dataset, queries.collator, num_shots) for selector in selectors]
+        selectors = map(load_selector, paths)
+        found[name] = [choose(selector, dataset, queries.collator, num_shots, min_shots=1) for selector in selectors]
     pools = list(dataset["candidate_ids"])
     return {
         name: [
             [
-                [pool[i] for i in to_prompt_order(chosen, arguments.construct_order)]
+                [pool[i] for i in to_prompt_order([i for i in chosen if i >= 0], arguments.construct_order)]
                 for pool, chosen in zip(pools, seed.tolist(), strict=True)
             ]
             for seed in seeds

@@ -126,12 +126,12 @@ def make_proposals(
     if arguments.selector is None:
         return None
     from ..data import DataCollatorForBeams
-    from ..models import PointerSelector
+    from ..models import load_selector
 
     store = open_store(arguments)
     if store is None:
         raise ValueError(f"selector={arguments.selector!r} sees rows through embeddings; name them.")
-    selector = PointerSelector.from_pretrained(arguments.selector).eval()
+    selector = load_selector(arguments.selector).eval()
     collator = DataCollatorForBeams(
         store, tuple(selector.config.query_features), tuple(selector.config.candidate_features)
     )
@@ -145,6 +145,7 @@ def make_proposals(
         sampled: Any = selector.select(
             **{name: batch[name] for name in inputs},
             num_shots=arguments.num_shots,
+            min_shots=arguments.num_shots,
             do_sample=True,
             num_return_sequences=arguments.selector_sequences,
             generator=torch.Generator().manual_seed(seed),

@@ -16,7 +16,7 @@ from transformers import TrainerState, TrainingArguments
 
 from ..data import DataCollatorForBeams
 from ..inference import evaluate_selectors
-from ..models import PointerSelector, PointerSelectorConfig
+from ..models import PointerSelector, PointerSelectorConfig, load_selector
 from ..report import MethodResult, build_report, print_report, save_results, write_report
 from ..trainer import GroupBeamGRPOConfig, SelectorSFTConfig, SelectorTrainingArguments
 from .arguments import RecipeArguments
@@ -66,7 +66,7 @@ def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig) 
 
 def judge(data: TaskData, selectors: dict[str, str]) -> list[MethodResult]:
     """What every method chose on the held-out queries, the baselines included."""
-    policies = {name: PointerSelector.from_pretrained(folder) for name, folder in selectors.items()}
+    policies = {name: load_selector(folder) for name, folder in selectors.items()}
     shared = [name for name in data.collator.query_widths if name in data.collator.candidate_widths]
     baselines = {"similarity": data.similarity_features}
     if set(shared) != set(data.similarity_features):
@@ -157,7 +157,7 @@ def _dry_run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTCon
         supervised.max_steps = 2
         selector = train_sft(supervised, data, build_selector(recipe, data.collator), folder / "sft").model
     else:
-        selector = PointerSelector.from_pretrained(recipe.sft_ckpt)
+        selector = load_selector(recipe.sft_ckpt)
     stages = "SFT"
     if isinstance(quiet, GroupBeamGRPOConfig):
         short = replace(recipe, agreement_steps=min(2, recipe.agreement_steps))

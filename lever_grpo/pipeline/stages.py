@@ -17,7 +17,7 @@ from accelerate import PartialState
 from transformers import TrainerState, set_seed
 
 from ..data import DataCollatorForBeams
-from ..models import PointerSelector, PointerSelectorConfig
+from ..models import PRESETS, SelectorModel, load_selector
 from ..trainer import (
     GroupBeamGRPOConfig,
     GroupBeamGRPOTrainer,
@@ -31,10 +31,14 @@ from .task_data import TaskData
 
 
 logger = logging.getLogger(__name__)
+_SHARED_OPTIONS = {"encoder", "num_set_layers"}  # of recipes, which not every kind of selector has
 
 
-def build_selector(recipe: RecipeArguments, collator: DataCollatorForBeams, **changes: Any) -> PointerSelector:
-    """An untrained selector for the data; `changes` override options of [`PointerSelectorConfig`]."""
+def build_selector(recipe: RecipeArguments, collator: DataCollatorForBeams, **changes: Any) -> SelectorModel:
+    """An untrained selector for the data; `changes` override options of its configuration."""
+    if recipe.model_preset not in PRESETS:
+        raise ValueError(f"model_preset={recipe.model_preset!r} is unknown; the presets are {', '.join(PRESETS)}.")
+    kind = PRESETS[recipe.model_preset]
     options: dict[str, Any] = {
         "query_features": collator.query_widths,
         "candidate_features": collator.candidate_widths,
@@ -47,16 +51,25 @@ def build_selector(recipe: RecipeArguments, collator: DataCollatorForBeams, **ch
     }
     if recipe.encoder is not None:
         options["encoder"] = recipe.encoder
-    return PointerSelector(PointerSelectorConfig.from_preset(recipe.model_preset, **{**options, **changes}))
+    options.update({**(recipe.model_init_kwargs or {}), **changes})
+    known = {field.name for field in fields(kind.config_class)}
+    unknown = sorted(options.keys() - known - _SHARED_OPTIONS)
+    if unknown:
+        raise ValueError(
+            f"model_preset={recipe.model_preset!r}: its configuration, {kind.config_class.__name__}, has no option "
+            f"{unknown[0]!r}; leave it out of model_init_kwargs."
+        )
+    options = {name: value for name, value in options.items() if name in known}
+    return kind(kind.config_class.from_preset(recipe.model_preset, **options))
 
 
 def with_agreement(
     recipe: RecipeArguments,
     args: GroupBeamGRPOConfig,
     data: TaskData,
-    start: PointerSelector,
+    start: SelectorModel,
     output: Path | None = None,
-) -> PointerSelector:
+) -> SelectorModel:
     """
     The selector that RCE starts from: `start` or, with `agreement_steps`, `start` fitted to the agreement of answers
     and saved to `output/agreement`, where that is better on the validation queries by what post-training goes for.
@@ -96,7 +109,7 @@ def with_agreement(
     return fitted if after > before else start
 
 
-def validation_reward(args: GroupBeamGRPOConfig, data: TaskData, selector: PointerSelector) -> float:
+def validation_reward(args: GroupBeamGRPOConfig, data: TaskData, selector: SelectorModel) -> float:
     """The number that post-training chooses its checkpoint by."""
     with tempfile.TemporaryDirectory() as folder:
         options = copy.copy(args)
@@ -122,7 +135,7 @@ def sft_config(recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> SelectorSF
     return SelectorSFTConfig(**options)
 
 
-def train_sft(args: SelectorSFTConfig, data: TaskData, selector: PointerSelector, folder: Path) -> SelectorSFTTrainer:
+def train_sft(args: SelectorSFTConfig, data: TaskData, selector: SelectorModel, folder: Path) -> SelectorSFTTrainer:
     """Runs the supervised stage; its checkpoints go to `folder`."""
     options = copy.copy(args)
     options.output_dir = str(folder)
@@ -132,7 +145,7 @@ def train_sft(args: SelectorSFTConfig, data: TaskData, selector: PointerSelector
 
 
 def post_train(
-    args: GroupBeamGRPOConfig, data: TaskData, selector: PointerSelector, folder: Path
+    args: GroupBeamGRPOConfig, data: TaskData, selector: SelectorModel, folder: Path
 ) -> GroupBeamGRPOTrainer:
     """Runs RCE and GRPO; checkpoints go to `folder`."""
     options = copy.copy(args)
@@ -168,12 +181,12 @@ def train(
         history += start_with_sft(recipe, sft_config(recipe, args), data, output)
     last = "grpo" if args.grpo_epochs > 0 else "rce"
     if not (output / last).exists():
-        start = with_agreement(recipe, args, data, PointerSelector.from_pretrained(selectors["sft"]), output)
+        start = with_agreement(recipe, args, data, load_selector(selectors["sft"]), output)
         trainer = post_train(args, data, start, checkpoints / "grpo")
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(checkpoints / "grpo" / "trainer_state.json"))
             if last == "grpo" and args.rce_epochs > 0:
-                save_selector(PointerSelector.from_pretrained(checkpoints / "grpo" / "rce"), output / "rce", data)
+                save_selector(load_selector(checkpoints / "grpo" / "rce"), output / "rce", data)
             save_selector(trainer.accelerator.unwrap_model(trainer.model), output / last, data)
         if args.push_to_hub:
             trainer.push_to_hub()

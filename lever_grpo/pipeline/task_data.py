@@ -94,7 +94,12 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
     if recipe.heldout_fold is not None:
         paths.pop("heldout", None)
     shots = recipe.num_shots
-    train = load_beams(paths["train"], shots=shots, **options)
+    trained: int | list[int] = shots
+    if recipe.min_shots is not None:
+        if not 1 <= recipe.min_shots <= shots:
+            raise ValueError(f"min_shots={recipe.min_shots} must lie in 1…num_shots, which is {shots}.")
+        trained = list(range(recipe.min_shots, shots + 1))
+    train = load_beams(paths["train"], shots=trained, **options)
     notes: list[str] = []
     held_back: dict[str, Dataset] = {}
     # the held-out queries first: they are the same whatever else is set aside
@@ -103,7 +108,8 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
         ("validation", recipe.validation_size, 0),
     ):
         if split in paths:
-            held_back[split] = load_beams(paths[split], shots=shots, **{**options, "max_group_size": None})
+            of_length = trained if split == "validation" else shots
+            held_back[split] = load_beams(paths[split], shots=of_length, **{**options, "max_group_size": None})
             continue
         divided = split_by_query(train, size, seed, entities, fold)
         train, queries = divided["train"], set(divided["test"]["query_id"])

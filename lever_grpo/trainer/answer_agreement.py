@@ -6,11 +6,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..models import PointerSelector
+from ..models import SelectorModel
 
 
 def fit_answer_agreement(
-    selector: PointerSelector,
+    selector: SelectorModel,
     query_embeds: Tensor,
     candidate_embeds: Tensor,
     answer_embeds: Tensor,
@@ -40,7 +40,7 @@ def fit_answer_agreement(
     kept are a moving average.
 
     Args:
-        selector ([`PointerSelector`]):
+        selector ([`SelectorModel`]):
             With a similarity prior.
         query_embeds (`Tensor` of shape `(N, D_q)`):
             What the query side sees of each row.

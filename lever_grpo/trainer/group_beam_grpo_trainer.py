@@ -155,22 +155,22 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
         weights = compute_softmax_weights(
             rewards, self.policy_control.temperature, mask, normalize=self.args.rce_normalize
         )
-        losses = rce_loss(output.log_probs, weights, inputs["sequence_mask"])  # (B,)
+        losses = rce_loss(output.log_probs, weights, output.step_mask)  # (B,)
         stats = {"policy_loss": losses, "effective_beams": effective_beams(weights), **_reward_stats(rewards, mask)}
         return losses, self.live_groups(rewards, inputs), stats
 
     def _grpo_losses(self, model, inputs, rewards):
         args, control = self.args, self.policy_control
-        sequence_mask = inputs["sequence_mask"]  # (B, G, S)
-        mask = sequence_mask.any(-1)  # (B, G)
+        mask = inputs["sequence_mask"].any(-1)  # (B, G)
         live = self.live_groups(rewards, inputs)  # (B,)
         compared = self._compared_beams(rewards, mask)  # (B, G)
         beam_mask = curriculum_mask(rewards, mask, control.top_k) & live.unsqueeze(-1)  # (B, G)
 
         temperature = control.policy_temperature
-        with self._same_dropout(model):  # (B, G, S)
+        with self._same_dropout(model):  # (B, G, T)
             old_log_probs = self._old_log_probs(inputs, temperature)
         output = self.policy(model, inputs, temperature=temperature, return_step_log_probs=True)
+        step_mask = output.step_mask  # (B, G, T)
         advantages = group_advantages(
             rewards,
             compared,
@@ -183,7 +183,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             output.log_probs,
             old_log_probs,
             advantages,
-            sequence_mask,
+            step_mask,
             beam_mask,
             loss_type=args.loss_type,
             importance_sampling_level=args.importance_sampling_level,
@@ -200,27 +200,27 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
         if args.beta > 0 or args.adaptive_temperature:
             if args.kl_estimator == "exact":
                 reference = self._reference_output(inputs, temperature, step_log_probs=True).step_log_probs
-                kl = exact_kl(output.step_log_probs, reference, args.kl_direction, sequence_mask)  # (B, G, S)
+                kl = exact_kl(output.step_log_probs, reference, args.kl_direction, step_mask)  # (B, G, T)
             else:
-                reference = inputs.get(REFERENCE_COLUMN)  # (B, G, S)
+                reference = inputs.get(REFERENCE_COLUMN)  # (B, G, T)
                 if reference is None:
                     reference = self._reference_output(inputs, temperature).log_probs
-                kl = kl_estimate(output.log_probs, reference, args.kl_estimator, args.kl_direction, sequence_mask)
-            stats["kl"] = _mean_over_steps(kl, sequence_mask)  # (B,)
+                kl = kl_estimate(output.log_probs, reference, args.kl_estimator, args.kl_direction, step_mask)
+            stats["kl"] = _mean_over_steps(kl, step_mask)  # (B,)
             losses = losses + control.beta * stats["kl"]
         if args.entropy_coef:
-            entropy = step_entropy(output.step_log_probs, normalize=True, sequence_mask=sequence_mask)
-            losses = losses - args.entropy_coef * _mean_over_steps(entropy, sequence_mask)
+            entropy = step_entropy(output.step_log_probs, normalize=True, sequence_mask=step_mask)
+            losses = losses - args.entropy_coef * _mean_over_steps(entropy, step_mask)
         with torch.no_grad():
-            entropy = step_entropy(output.step_log_probs, sequence_mask=sequence_mask)
-            stats["entropy"] = _mean_over_steps(entropy, sequence_mask)
+            entropy = step_entropy(output.step_log_probs, sequence_mask=step_mask)
+            stats["entropy"] = _mean_over_steps(entropy, step_mask)
             stats["advantage_mean"], stats["advantage_std"] = _moments(advantages, beam_mask)
         stats = {name: torch.where(live, value, torch.nan) for name, value in stats.items()}
         return losses, live, {**stats, **_reward_stats(rewards, mask)}
 
     @torch.no_grad()
     def _old_log_probs(self, inputs: dict[str, Any], temperature: float) -> Tensor | None:
-        """log π_old of the logged picks (B, G, S); `None` where it is the policy itself or the loss has no ratio."""
+        """log π_old of the logged steps (B, G, T); `None` where it is the policy itself or the loss has no ratio."""
         every_step = self.args.old_policy_refresh == "steps" and self.args.old_policy_refresh_steps == 1
         if every_step or self.args.loss_type in ("rwr", "listwise_kl", "asymre"):
             return None
@@ -250,14 +250,13 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             return self.policy(self.reference, inputs, temperature=temperature, return_step_log_probs=step_log_probs)
 
     def _reference_log_probs(self, inputs: dict[str, Any]) -> Tensor:
-        return self._reference_output(self._prepare_inputs(inputs), temperature=1.0).log_probs
+        return self._reference_output(self._prepare_inputs(inputs), temperature=1.0).log_probs  # (B, G, T)
 
     def selection_metrics(self, inputs, rewards, output, picks):
         metrics = super().selection_metrics(inputs, rewards, output, picks)
-        sequence_mask = inputs["sequence_mask"]
         reference = self._reference_output(inputs, 1.0, step_log_probs=True).step_log_probs
-        kl = exact_kl(output.step_log_probs, reference, sequence_mask=sequence_mask)
-        metrics["kl"] = _mean_over_steps(kl, sequence_mask)
+        kl = exact_kl(output.step_log_probs, reference, sequence_mask=output.step_mask)
+        metrics["kl"] = _mean_over_steps(kl, output.step_mask)
         metrics["greedy_changed"] = (picks != self.greedy_picks(self.reference, inputs)).any(-1).float()
         return metrics
 
@@ -382,10 +381,10 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
         return {"reference": self.reference, "old_policy": self.old_policy}
 
 
-def _mean_over_steps(values: Tensor, sequence_mask: Tensor) -> Tensor:
+def _mean_over_steps(values: Tensor, step_mask: Tensor) -> Tensor:
     """Mean over a group's real steps, (B, G, S) -> (B,)."""
-    total = torch.where(sequence_mask, values, 0.0).sum((-1, -2))
-    return total / sequence_mask.sum((-1, -2)).clamp(min=1)
+    total = torch.where(step_mask, values, 0.0).sum((-1, -2))
+    return total / step_mask.sum((-1, -2)).clamp(min=1)
 
 
 def _moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

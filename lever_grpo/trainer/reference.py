@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, List, Value
-from torch import Tensor
+from torch import Tensor, nn
 
 
 REFERENCE_COLUMN = "ref_log_probs"
@@ -25,7 +25,7 @@ def add_reference_log_probs(
         dataset (`datasets.Dataset`):
             Rows of [`load_beams`].
         log_probs (`Callable`):
-            Gives log-probabilities (B, G, S) for a batch.
+            Gives log-probabilities (B, G, T) for a batch: T is S or, of a policy that may stop, S + 1.
         data_collator ([`DataCollatorForBeams`]):
             Makes batches of rows.
         batch_size (`int`, *optional*, defaults to `32`):
@@ -34,10 +34,12 @@ def add_reference_log_probs(
     column: list[list[list[float]]] = []
     for start in range(0, len(dataset), batch_size):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        values = log_probs(data_collator(rows)).float().cpu().tolist()  # (B, G, S)
+        batch = data_collator(rows)
+        values = log_probs(batch).float().cpu()  # (B, G, T)
+        stops = values.shape[-1] - batch["sequences"].shape[-1]
         column += [
-            [beam[: len(sequence)] for beam, sequence in zip(beams, row["sequences"], strict=False)]
-            for beams, row in zip(values, rows, strict=True)
+            [beam[: len(sequence) + stops] for beam, sequence in zip(beams, row["sequences"], strict=False)]
+            for beams, row in zip(values.tolist(), rows, strict=True)
         ]
     if REFERENCE_COLUMN in dataset.column_names:
         dataset = dataset.remove_columns(REFERENCE_COLUMN)
@@ -49,7 +51,7 @@ def add_reference_log_probs(
 @dataclass
 class CollatorWithReference:
     """
-    Pads the column `ref_log_probs` (B, G, S) beside what another collator makes; rows without it pass as they are.
+    Pads the column `ref_log_probs` (B, G, T) beside what another collator makes; rows without it pass as they are.
 
     Args:
         data_collator ([`DataCollatorForBeams`]):
@@ -61,8 +63,10 @@ class CollatorWithReference:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.data_collator(rows)
         if all(REFERENCE_COLUMN in row for row in rows):
-            padded = torch.zeros(batch["sequence_mask"].shape)  # (B, G, S)
-            values = [value for row in rows for beam in row[REFERENCE_COLUMN] for value in beam]
-            padded[batch["sequence_mask"]] = torch.tensor(values)
+            beams = [[torch.tensor(beam) for beam in row[REFERENCE_COLUMN]] for row in rows]
+            steps = max(len(beam) for group in beams for beam in group)
+            padded = torch.zeros(*batch["sequence_mask"].shape[:2], steps)  # (B, G, T)
+            for row, group in zip(padded, beams, strict=True):
+                row[: len(group)] = nn.utils.rnn.pad_sequence([*group, row[0]], batch_first=True)[:-1]
             batch[REFERENCE_COLUMN] = padded
         return batch

@@ -127,6 +127,11 @@ class SelectorTrainer(Trainer):
 
     def _comparable_embeds(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The features that query and candidates share by name: (B, D) and (B, K, D)."""
+        if "items" in inputs:
+            raise ValueError(
+                "the rewards 'coherence' and 'diversity' compare given embeddings, and this batch holds raw images or "
+                "texts, which the policy embeds itself; leave them out of reward_weights."
+            )
         config = self.model.config
         shared = [name for name in config.query_features if name in config.candidate_features]
         if not shared:
@@ -143,7 +148,7 @@ class SelectorTrainer(Trainer):
         return columns(inputs["query_embeds"], config.query_features), candidates[inputs["candidate_indices"]]
 
     def policy(self, model: nn.Module, inputs: dict[str, Any], **kwargs) -> Any:
-        """The policy's output on a batch; `kwargs` as in [`PointerSelector.forward`]."""
+        """The policy's output on a batch; `kwargs` as in [`SelectorModel.forward`]."""
         return model(
             query_embeds=inputs["query_embeds"],
             candidate_embeds=inputs["candidate_embeds"],
@@ -151,6 +156,7 @@ class SelectorTrainer(Trainer):
             candidate_mask=inputs["candidate_mask"],
             sequences=inputs["sequences"],
             sequence_mask=inputs["sequence_mask"],
+            **inputs.get("items", {}),
             **kwargs,
         )
 
@@ -217,19 +223,20 @@ class SelectorTrainer(Trainer):
         """What the policy does on held-out groups, (B,) each; NaN where the log cannot tell."""
         sequence_mask = inputs["sequence_mask"]  # (B, G, S)
         mask = sequence_mask.any(-1)  # (B, G)
+        step_mask = output.step_mask  # (B, G, T)
         sequence_log_probs = output.log_probs.sum(-1)  # (B, G)
         group = [x.double().cpu().numpy() for x in (sequence_log_probs, rewards)] + [mask.cpu().numpy()]
         logged = torch.where(sequence_mask, inputs["sequences"], -1)  # (B, G, S)
         same = (logged == picks.unsqueeze(1)).all(-1) & mask  # (B, G)
         greedy = rewards.gather(1, same.float().argmax(-1, keepdim=True)).squeeze(1)  # (B,)
-        entropy = step_entropy(output.step_log_probs)  # (B, G, S)
+        entropy = step_entropy(output.step_log_probs, sequence_mask=step_mask)  # (B, G, T)
         return {
             "reward": _masked_mean(rewards, mask),
             "expected_reward": torch.from_numpy(expected_reward(*group)).to(rewards),
             "greedy_reward": torch.where(same.any(-1), greedy, math.nan),
             "greedy_found": same.any(-1).float(),
             "rank_correlation": torch.from_numpy(rank_correlations(*group)).to(rewards),
-            "entropy": _masked_mean(entropy.flatten(1), sequence_mask.flatten(1)),
+            "entropy": _masked_mean(entropy.flatten(1), step_mask.flatten(1)),
         }
 
     def greedy_picks(self, selector: Any, inputs: dict[str, Any]) -> Tensor:
@@ -246,6 +253,7 @@ class SelectorTrainer(Trainer):
                     candidate_indices=inputs["candidate_indices"][rows],
                     candidate_mask=inputs["candidate_mask"][rows],
                     num_shots=shots,
+                    **inputs.get("items", {}),
                 ).sequences[:, 0]
         return picks
 

@@ -71,7 +71,7 @@ class SelectorSFTTrainer(SelectorTrainer):
         mask = inputs["sequence_mask"].any(-1)
         best = curriculum_mask(rewards, mask, top_k=self.args.num_beams)  # (B, G)
         weights = best / best.sum(-1, keepdim=True).clamp(min=1)
-        losses = rce_loss(output.log_probs, weights.to(output.log_probs.dtype), inputs["sequence_mask"])
+        losses = rce_loss(output.log_probs, weights.to(output.log_probs.dtype), output.step_mask)
         return losses, self.live_groups(rewards, inputs), {"reward": _mean(rewards, mask)}
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from lever_grpo.models import PRESETS, SelectorConfig, SelectorModel, config_from_preset
+from lever_grpo.models import PRESETS, PointerSelector, SelectorConfig, SelectorModel, config_from_preset
 
 
 # Neither features nor pairs are in alphabetical order, nor are the widths alike: a mix-up shows.
@@ -14,6 +14,8 @@ FEATURES = {
 QUERY_WIDTH, CANDIDATE_WIDTH = 7, 11
 SMALL = {"hidden_dim": 8, "num_attention_heads": 2, "prior_scale": 3.0, "prior_rank": 2, **FEATURES}
 VARIANTS = {
+    "v0": {"preset": "v0"},
+    "v0-prior": {"preset": "v0", "similarity_prior": True},
     "v1": {"preset": "v1"},
     "v2": {"preset": "v2"},
     "v3": {"preset": "v3"},
@@ -24,7 +26,10 @@ VARIANTS = {
     "gru-additive": {"preset": "v3", "state_update": "gru", "scoring": "additive"},
     "terms": {"preset": "v3", "decoder_terms": ["mmr", "coverage", "dpp"], "term_rank": 3},
     "prior-terms": {"preset": "v3", "similarity_prior": True, "decoder_terms": ["dpp"], "scoring": "additive"},
+    "lever-plus-v1": {"preset": "lever-plus-v1"},
+    "lever-plus-v2": {"preset": "lever-plus-v2", "pick_update": "gated", "num_layers": 2},
 }
+POINTER_VARIANTS = [name for name, options in VARIANTS.items() if PRESETS[options["preset"]] is PointerSelector]
 
 
 def make_config(variant: str = "v3", **options) -> SelectorConfig:

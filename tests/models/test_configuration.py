@@ -4,11 +4,10 @@ import pytest
 from transformers import AutoConfig
 
 from lever_grpo import PointerSelectorConfig
-from lever_grpo.models import PRESETS
 
 
 def test_presets_say_encoder_and_state_update_and_keep_what_is_given():
-    kinds = {name: PointerSelectorConfig.from_preset(name) for name in PRESETS}
+    kinds = {name: PointerSelectorConfig.from_preset(name) for name in PointerSelectorConfig.presets}
     assert {name: (config.encoder, config.state_update) for name, config in kinds.items()} == {
         "v1": ("bi_encoder", "additive"),
         "v2": ("cross_attention", "gated"),

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from small_selectors import CANDIDATE_WIDTH, QUERY_WIDTH, gradients, make_batch, make_config, make_selector
+from small_selectors import CANDIDATE_WIDTH, POINTER_VARIANTS, QUERY_WIDTH, gradients, make_batch, make_selector
 from torch.nn import functional as F
 
 from lever_grpo import PointerSelector
@@ -139,6 +139,7 @@ def reference_log_probs(selector: PointerSelector, query, pool, sequence) -> lis
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("variant", POINTER_VARIANTS)
 def test_forward_is_the_formula(variant):
     selector, batch = make_selector(variant), make_batch()
     output = selector(**batch, return_step_log_probs=True)
@@ -389,8 +390,7 @@ def test_gradients_reach_the_embeddings_as_finite_differences_say(variant):
 
 
 def test_every_parameter_learns(variant):
-    torch.manual_seed(0)
-    selector = PointerSelector(make_config(variant)).double()  # training mode: with dropout
+    selector = make_selector(variant, trained=False).train()  # with dropout
     batch = make_batch(queries=4, pool=5)
     optimizer = torch.optim.SGD(selector.parameters(), lr=0.01)
     start = {name: parameter.detach().clone() for name, parameter in selector.named_parameters()}

@@ -1,0 +1,190 @@
+"""Each option of the decoder learns a signal that was planted for it, which the preset without it misses."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lever_grpo import PointerSelector, PointerSelectorConfig
+from lever_grpo.models.decoder_terms import TERMS
+
+
+WIDTH, POOL = 12, 4
+
+
+def unit(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
+def orthonormal(queries, vectors):
+    return torch.linalg.qr(torch.randn(queries, WIDTH, vectors)).Q.transpose(1, 2)  # (B, V, D)
+
+
+def signs(*shape):
+    return torch.randint(0, 2, shape) * 2.0 - 1.0
+
+
+def with_pool(query, picks, right, wrong):
+    """The picks stand first in the pool, and the right candidate after them, before or behind the wrong one."""
+    first = torch.rand(len(query), 1) < 0.5
+    last = torch.where(first[..., None], torch.stack([right, wrong], 1), torch.stack([wrong, right], 1))
+    pool = torch.cat([picks, last], dim=1)
+    target = picks.shape[1] + (~first[:, 0]).long()
+    return query, pool, torch.cat([torch.arange(picks.shape[1]).expand(len(query), -1), target[:, None]], dim=1)
+
+
+def unlike_either_pick(queries):
+    """Wrong: near one pick and opposite to the other. Summed over the picks, both are alike."""
+    a, b, rest = orthonormal(queries, 3).unbind(1)
+    side = signs(queries, 1)
+    wrong = 0.7 * side * (a - b)
+    right = 0.1 * signs(queries, 1) * (a + b) + rest
+    return with_pool(unit(queries, WIDTH), torch.stack([a, b], 1), right, wrong)
+
+
+def outside_the_span(queries):
+    """Wrong: a mixture of both picks with any signs, the likeness of which to one of them may be far below zero."""
+    a, b, rest = orthonormal(queries, 3).unbind(1)
+    wrong = (signs(queries, 1) * a + signs(queries, 1) * b) / 2**0.5
+    return with_pool(unit(queries, WIDTH), torch.stack([a, b], 1), rest * signs(queries, 1), wrong)
+
+
+def not_covered_yet(queries):
+    """
+    Topics that the query needs are covered by no pick, one or both. Right: one of the first and one of the last;
+    wrong: two of those in the middle. By counts, both are alike.
+    """
+    order = torch.rand(queries, WIDTH).argsort(1)
+    topic = torch.eye(WIDTH)[order]  # (B, D, D)
+    fresh, left, right, both = topic[:, 0], topic[:, 1], topic[:, 2], topic[:, 3]
+    needs = fresh + left + right + both
+    return with_pool(needs, torch.stack([left + both, right + both], 1), fresh + both, left + right)
+
+
+def by_parity(queries):
+    """Right: what bears the sign of the product of the picks' marks."""
+    picks = 0.3 * torch.randn(queries, 3, WIDTH)
+    picks[..., 0], picks[..., 1] = signs(queries, 3), 0.0
+    right, wrong = 0.3 * torch.randn(2, queries, WIDTH)
+    right[:, 0] = wrong[:, 0] = 0.0
+    right[:, 1] = picks[..., 0].prod(1)
+    wrong[:, 1] = -right[:, 1]
+    return with_pool(0.3 * unit(queries, WIDTH), picks, right, wrong)
+
+
+def by_a_product(queries):
+    """Right: the product of two of its numbers has the query's sign."""
+    sign = signs(queries)
+    query, right, wrong = torch.randn(3, queries, WIDTH)
+    query = 0.3 * query
+    query[:, 0] = sign
+    for candidate, wanted in ((right, sign), (wrong, -sign)):
+        candidate[:, 1] = candidate[:, 1].abs() * candidate[:, 0].sign() * wanted
+    return with_pool(query, 0.3 * torch.randn(queries, 2, WIDTH), right, wrong)
+
+
+def learned(make, steps, **options):
+    """Share of new queries for which the trained selector finds the right last pick; chance is 0.5."""
+    torch.manual_seed(0)
+    config = PointerSelectorConfig.from_preset(embed_dim=WIDTH, hidden_dim=32, dropout=0.0, term_rank=16, **options)
+    selector = PointerSelector(config)
+    optimizer = torch.optim.Adam(selector.parameters(), lr=3e-3)
+
+    def log_probs(queries):
+        query, pool, sequence = make(queries)
+        inputs = {"query_embeds": query, "candidate_embeds": pool, "sequences": sequence[:, None]}
+        return selector(**inputs).log_probs[:, 0, -1]
+
+    for _ in range(steps):
+        loss = -log_probs(128).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return (log_probs(1000) > -0.6931).float().mean().item()
+
+
+@pytest.mark.parametrize(
+    "task, preset, option, steps",
+    [
+        (unlike_either_pick, "v1", {"decoder_terms": ["mmr"]}, 800),
+        (outside_the_span, "v2", {"decoder_terms": ["dpp"]}, 300),
+        (not_covered_yet, "v1", {"decoder_terms": ["coverage"]}, 300),
+        (by_parity, "v1", {"state_update": "gru"}, 500),
+        (by_a_product, "v1", {"scoring": "additive"}, 500),
+    ],
+    ids=["mmr", "dpp", "coverage", "gru", "additive"],
+)
+def test_an_option_learns_what_the_preset_without_it_misses(task, preset, option, steps):
+    without, with_it = (learned(task, steps, preset=preset, **options) for options in ({}, option))
+    assert with_it > 0.95 and with_it > without + 0.05, (without, with_it)
+
+
+@pytest.mark.parametrize("preset", ["v1", "v2", "v3"])
+def test_options_that_are_off_leave_the_preset_as_it_is(preset):
+    plain, batch = PointerSelectorConfig.from_preset(preset, embed_dim=WIDTH, hidden_dim=16), not_covered_yet(8)
+    spelled = PointerSelectorConfig.from_preset(
+        preset, embed_dim=WIDTH, hidden_dim=16, decoder_terms=[], scoring="bilinear", stop=False, num_set_layers=0
+    )
+    torch.manual_seed(0)
+    first = PointerSelector(plain).eval()
+    torch.manual_seed(0)
+    second = PointerSelector(spelled).eval()
+    assert first.state_dict().keys() == second.state_dict().keys()
+    assert torch.equal(log_probs_of(first, batch), log_probs_of(second, batch))
+
+
+@pytest.mark.parametrize("term", ["mmr", "coverage", "dpp"])
+def test_a_term_changes_nothing_before_it_is_trained(term):
+    selector = PointerSelector(PointerSelectorConfig(embed_dim=WIDTH, hidden_dim=16, decoder_terms=[term])).eval()
+    plain = PointerSelector(PointerSelectorConfig(embed_dim=WIDTH, hidden_dim=16)).eval()
+    plain.load_state_dict({name: w for name, w in selector.state_dict().items() if not name.startswith("terms.")})
+    batch = not_covered_yet(8)
+    assert torch.equal(log_probs_of(selector, batch), log_probs_of(plain, batch))
+    with torch.no_grad():
+        selector.terms[term].weight.fill_(1.0)
+    assert not torch.allclose(log_probs_of(selector, batch), log_probs_of(plain, batch))
+
+
+@torch.no_grad()
+def log_probs_of(selector, batch):
+    query, pool, sequence = batch
+    return selector(query_embeds=query, candidate_embeds=pool, sequences=sequence[:, None]).log_probs
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"decoder_terms": ["mmr", "mmr"]}, "each once"),
+        ({"decoder_terms": ["novelty"]}, "mmr, coverage, dpp"),
+        ({"scoring": "cosine"}, "bilinear, additive"),
+        ({"state_update": "lstm"}, "additive, gated, gru"),
+        ({"term_rank": 0}, "at least 1"),
+        ({"max_shots": 0}, "at least 1"),
+        ({"encoder": "none", "similarity_prior": True, "stop": True}, "needs a network"),
+        ({"encoder": "none", "similarity_prior": True, "decoder_terms": ["dpp"]}, "needs a network"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PointerSelectorConfig(**options)
+
+
+def test_the_term_of_the_documentation_works(monkeypatch, tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "selectors.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    space: dict = {}
+    exec(block, space)
+    monkeypatch.setitem(TERMS, "spread", space["SpreadTerm"])
+    selector = PointerSelector(
+        PointerSelectorConfig(embed_dim=WIDTH, hidden_dim=16, max_shots=3, decoder_terms=["spread"])
+    ).eval()
+    assert (selector.terms["spread"].weight == 0).all()
+    with torch.no_grad():
+        selector.terms["spread"].weight.fill_(2.0)
+    selector.save_pretrained(tmp_path)
+    batch = not_covered_yet(8)
+    assert torch.equal(
+        log_probs_of(PointerSelector.from_pretrained(tmp_path).eval(), batch), log_probs_of(selector, batch)
+    )
