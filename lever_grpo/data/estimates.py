@@ -111,9 +111,10 @@ def complete_scores(dataset: Dataset, fit_on: Dataset | None = None, shots: int 
     return Dataset.from_list(completed).cast_column("sequences", features["sequences"])
 
 
-def fully_scored(dataset: Dataset) -> bool:
+def fully_scored(dataset: Dataset, any_length: bool = False) -> bool:
     """
-    Whether every sequence of its length was scored for every query, so that any choice can be looked up.
+    Whether every sequence of its length was scored for every query, so that any choice can be looked up; with
+    `any_length`, every shorter sequence too.
 
     Example:
 
@@ -128,8 +129,9 @@ def fully_scored(dataset: Dataset) -> bool:
 
     def complete(row: dict) -> bool:
         different = set(map(tuple, row["sequences"]))
-        lengths = set(map(len, different))
-        return len(lengths) == 1 and len(different) == math.perm(len(row["candidate_ids"]), *lengths)
+        lengths, pool = set(map(len, different)), len(row["candidate_ids"])
+        wanted = range(1, max(lengths) + 1) if any_length else [max(lengths)]
+        return lengths == set(wanted) and len(different) == sum(math.perm(pool, length) for length in wanted)
 
     return all(complete(row) for row in dataset.select_columns(["candidate_ids", "sequences"]))
 

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from ..data import DataCollatorForBeams, fully_scored
+from ..data import DataCollatorForBeams, DataCollatorForRawBeams, fully_scored
 from ..metrics import expected_reward, oracle_reward, random_reward, score_percentile
 from ..models import SelectorModel
 from ..report import MethodResult
@@ -26,7 +26,7 @@ _FORWARD_INPUTS = (*_POOL_INPUTS, "sequences", "sequence_mask")
 def choose(
     selector: SelectorModel,
     dataset: Dataset,
-    collator: DataCollatorForBeams,
+    collator: DataCollatorForBeams | DataCollatorForRawBeams,
     num_shots: int = 2,
     min_shots: int | None = None,
     batch_size: int = 64,
@@ -39,7 +39,7 @@ def choose(
             The policy; it is left in evaluation mode.
         dataset (`datasets.Dataset`):
             Rows of [`load_beams`].
-        collator ([`DataCollatorForBeams`]):
+        collator ([`DataCollatorForBeams`] or [`DataCollatorForRawBeams`]):
             Makes batches of rows.
         num_shots (`int`, *optional*, defaults to `2`):
             Number S of demonstrations, of a selector that may stop the most.
@@ -69,7 +69,7 @@ def choose(
     picks = []
     for start in range(0, len(dataset), batch_size):
         batch = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
-        inputs = {name: batch[name].to(selector.device) for name in _POOL_INPUTS}
+        inputs = _inputs(batch, _POOL_INPUTS, selector)
         chosen: Any = selector.select(**inputs, num_shots=num_shots, min_shots=min_shots or num_shots)
         picks.append(chosen.sequences[:, 0].cpu().numpy())  # (B, S)
     return np.concatenate(picks)
@@ -78,7 +78,7 @@ def choose(
 def evaluate_selectors(
     selectors: Mapping[str, SelectorModel],
     dataset: Dataset,
-    collator: DataCollatorForBeams,
+    collator: DataCollatorForBeams | DataCollatorForRawBeams,
     num_shots: int = 2,
 ) -> list[MethodResult]:
     """
@@ -90,7 +90,7 @@ def evaluate_selectors(
         dataset (`datasets.Dataset`):
             Held-out queries. Where **every** sequence of `num_shots` shots was scored, the greedy choice is looked up;
             elsewhere a selector is worth its expected reward within each logged group.
-        collator ([`DataCollatorForBeams`]):
+        collator ([`DataCollatorForBeams`] or [`DataCollatorForRawBeams`]):
             Makes batches of rows.
         num_shots (`int`, *optional*, defaults to `2`):
             Number of demonstrations.
@@ -133,7 +133,10 @@ def evaluate_selectors(
 
 @torch.no_grad()
 def _expected_rewards(
-    selector: SelectorModel, dataset: Dataset, collator: DataCollatorForBeams, batch_size: int = 64
+    selector: SelectorModel,
+    dataset: Dataset,
+    collator: DataCollatorForBeams | DataCollatorForRawBeams,
+    batch_size: int = 64,
 ) -> NDArray[np.float64]:
     """Expected reward of the policy restricted to each logged group, (Q,)."""
     selector.eval()
@@ -142,10 +145,16 @@ def _expected_rewards(
         batch = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
         rewards = batch.pop("rewards")["score"]
         mask = batch["sequence_mask"].any(-1)
-        inputs = {name: batch[name].to(selector.device) for name in _FORWARD_INPUTS}
+        inputs = _inputs(batch, _FORWARD_INPUTS, selector)
         log_probs = selector(**inputs).log_probs.sum(-1).cpu()
         values.append(expected_reward(log_probs.numpy(), rewards.numpy(), mask.numpy()))
     return np.concatenate(values)
+
+
+def _inputs(batch: Mapping[str, Any], names: tuple[str, ...], selector: SelectorModel) -> dict[str, Any]:
+    """What a selector reads of a batch, with the items of one that embeds them itself."""
+    found = {**{name: batch[name] for name in names}, **batch.get("items", {})}
+    return {name: value.to(selector.device) for name, value in found.items()}
 
 
 def _oracle(best: NDArray[np.float64], scores: list[Any], correct: list[Any] | None) -> MethodResult:

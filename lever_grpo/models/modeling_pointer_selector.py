@@ -107,8 +107,11 @@ class PointerSelector(SelectorModel):
         for layer in self.layers:
             state = layer(state, candidates, pools.attendable)
         candidates = self.dropout(candidates)
-        terms = {name: term.encode(candidates, state) for name, term in self.terms.items()}
+        terms = {name: term.encode(candidates, state) for name, term in self._terms()}
         return PointerEncoding(state, available, pools.prior, candidates, terms)
+
+    def _terms(self) -> list[tuple[str, DecoderTerm]]:
+        return list(self.terms.items())  # type: ignore[arg-type]
 
     @staticmethod
     def _relations(pools: Pools) -> torch.Tensor:
@@ -125,7 +128,7 @@ class PointerSelector(SelectorModel):
             return logits
         logits = logits + self.pointer(state, encoding.candidates)
         if picks.shape[-1]:
-            for name, term in self.terms.items():
+            for name, term in self._terms():
                 logits = logits + term(encoding.terms[name], picks)
         return logits
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -117,11 +118,11 @@ class SelectorModel(PreTrainedModel):
         """
         raise NotImplementedError
 
-    def step_logits(self, encoding: PoolEncoding, state: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
+    def step_logits(self, encoding: Any, state: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
         """Logits (B, G, K) of the next pick after `picks` (B, G, t); (B, 1, K) will do for the first."""
         raise NotImplementedError
 
-    def advance(self, encoding: PoolEncoding, state: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
+    def advance(self, encoding: Any, state: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
         """The state (B, G, …) after `pick` (B, G); `state` may be (B, 1, …) before the first."""
         raise NotImplementedError
 
@@ -375,8 +376,9 @@ class SelectorModel(PreTrainedModel):
                 )
             ended = ended | (pick == pool)
             sequences = torch.cat([sequences, pick.masked_fill(ended, -1).unsqueeze(-1)], dim=-1)
-            pick = pick.masked_fill(ended, 0)
-            state, available = self.advance(encoding, state, pick), _without(available, pick)
+            if step + 1 < num_shots:
+                pick = pick.masked_fill(ended, 0)
+                state, available = self.advance(encoding, state, pick), _without(available, pick)
         order = scores.argsort(dim=-1, descending=True, stable=True)[:, :returned]
         return SelectionOutput(
             sequences=sequences.gather(1, order.unsqueeze(-1).expand(-1, -1, num_shots)),

@@ -64,6 +64,11 @@ class RecipeArguments:
             cross-attention), and below it the options of its configuration that recipes set.
         model_init_kwargs (`dict`, *optional*):
             Any further options of its configuration, such as `{"state_update": "gru"}`; they come last.
+        clip_model (`str`, *optional*):
+            Of `"v2_lora"`: the CLIP that it starts from, a folder or a Hub id, with its processor.
+        task_file (`str`, *optional*):
+            Of `"v2_lora"`: the rows, as [`load_examples`] reads them; by default those of the sample's task, which
+            come without images.
         dry_run (`bool`, *optional*, defaults to `False`):
             Check everything, run two steps of each stage, write nothing.
         overwrite (`bool`, *optional*, defaults to `False`):
@@ -105,6 +110,8 @@ class RecipeArguments:
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further options of the selector's configuration, as JSON."}
     )
+    clip_model: str | None = field(default=None, metadata={"help": "CLIP of 'v2_lora': a folder or a Hub id."})
+    task_file: str | None = field(default=None, metadata={"help": "Rows that 'v2_lora' sees; default: the sample's."})
     encoder: str | None = field(default=None, metadata={"help": "Encoder, if not the preset's; 'none': prior alone."})
     hidden_dim: int = field(default=64, metadata={"help": "Width of the network."})
     num_set_layers: int = field(default=0, metadata={"help": "Self-attention layers among the candidates."})
@@ -115,17 +122,19 @@ class RecipeArguments:
     overwrite: bool = field(default=False, metadata={"help": "Whether to delete an earlier run in output_dir."})
 
     def __post_init__(self) -> None:
-        if isinstance(self.model_init_kwargs, str):
-            given = self.model_init_kwargs
-            try:
-                self.model_init_kwargs = json.loads(given)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"model_init_kwargs={given!r} is no JSON ({error}); write options and values as in "
-                    '\'{"state_update": "gru"}\'.'
-                ) from error
-        if not isinstance(self.model_init_kwargs, dict | None):
-            raise ValueError(f"model_init_kwargs={self.model_init_kwargs!r}: expected options and their values.")
+        _ = self.model_options  # an error now, not after the data are read
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """`model_init_kwargs`, of the command line too."""
+        given = self.model_init_kwargs or {}
+        try:
+            options = json.loads(given) if isinstance(given, str) else given
+        except json.JSONDecodeError as error:
+            raise ValueError(f"model_init_kwargs={given!r} is no JSON: {error}.") from error
+        if not isinstance(options, dict):
+            raise ValueError(f'model_init_kwargs={given!r}: expected options and values, as in {{"stop": true}}.')
+        return options
 
 
 def parse(arguments: Sequence[str], config: type[TrainingConfig]) -> tuple[RecipeArguments, TrainingConfig]:

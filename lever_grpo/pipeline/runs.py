@@ -72,7 +72,12 @@ def judge(data: TaskData, selectors: dict[str, str]) -> list[MethodResult]:
     if set(shared) != set(data.similarity_features):
         baselines["similarity_all"] = tuple(shared)
     similar = {name: similarity_baseline(data.collator, features) for name, features in baselines.items() if features}
-    return evaluate_selectors({**similar, **policies}, data.heldout, data.collator, data.num_shots)
+    if data.policy_collator is data.collator:
+        return evaluate_selectors({**similar, **policies}, data.heldout, data.collator, data.num_shots)
+    # selectors that see the rows themselves, and baselines that see embeddings
+    others = evaluate_selectors(similar, data.heldout, data.collator, data.num_shots)
+    trained = evaluate_selectors(policies, data.heldout, data.policy_collator, data.num_shots)
+    return [*others[:-1], *(result for result in trained if result.name in policies), others[-1]]
 
 
 def similarity_baseline(collator: DataCollatorForBeams, features: Sequence[str]) -> PointerSelector:
@@ -155,7 +160,7 @@ def _dry_run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTCon
     if recipe.sft_ckpt is None:
         supervised = quiet if isinstance(quiet, SelectorSFTConfig) else sft_config(recipe, quiet)
         supervised.max_steps = 2
-        selector = train_sft(supervised, data, build_selector(recipe, data.collator), folder / "sft").model
+        selector = train_sft(supervised, data, build_selector(recipe, data.policy_collator), folder / "sft").model
     else:
         selector = load_selector(recipe.sft_ckpt)
     stages = "SFT"

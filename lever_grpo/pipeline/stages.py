@@ -16,8 +16,8 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerState, set_seed
 
-from ..data import DataCollatorForBeams
-from ..models import PRESETS, SelectorModel, load_selector
+from ..data import DataCollatorForBeams, DataCollatorForRawBeams
+from ..models import PRESETS, ClipSelector, SelectorModel, load_selector
 from ..trainer import (
     GroupBeamGRPOConfig,
     GroupBeamGRPOTrainer,
@@ -34,14 +34,14 @@ logger = logging.getLogger(__name__)
 _SHARED_OPTIONS = {"encoder", "num_set_layers"}  # of recipes, which not every kind of selector has
 
 
-def build_selector(recipe: RecipeArguments, collator: DataCollatorForBeams, **changes: Any) -> SelectorModel:
+def build_selector(
+    recipe: RecipeArguments, collator: DataCollatorForBeams | DataCollatorForRawBeams, **changes: Any
+) -> SelectorModel:
     """An untrained selector for the data; `changes` override options of its configuration."""
     if recipe.model_preset not in PRESETS:
         raise ValueError(f"model_preset={recipe.model_preset!r} is unknown; the presets are {', '.join(PRESETS)}.")
     kind = PRESETS[recipe.model_preset]
     options: dict[str, Any] = {
-        "query_features": collator.query_widths,
-        "candidate_features": collator.candidate_widths,
         "hidden_dim": recipe.hidden_dim,
         "num_set_layers": recipe.num_set_layers,
         "similarity_prior": recipe.similarity_prior,
@@ -51,7 +51,7 @@ def build_selector(recipe: RecipeArguments, collator: DataCollatorForBeams, **ch
     }
     if recipe.encoder is not None:
         options["encoder"] = recipe.encoder
-    options.update({**(recipe.model_init_kwargs or {}), **changes})
+    options.update({**recipe.model_options, **changes})
     known = {field.name for field in fields(kind.config_class)}
     unknown = sorted(options.keys() - known - _SHARED_OPTIONS)
     if unknown:
@@ -60,6 +60,10 @@ def build_selector(recipe: RecipeArguments, collator: DataCollatorForBeams, **ch
             f"{unknown[0]!r}; leave it out of model_init_kwargs."
         )
     options = {name: value for name, value in options.items() if name in known}
+    if isinstance(collator, DataCollatorForRawBeams):
+        options = {"modalities": collator.modalities, **kind.config_class.presets[recipe.model_preset], **options}
+        return ClipSelector.from_clip(str(recipe.clip_model), **options)
+    options |= {"query_features": collator.query_widths, "candidate_features": collator.candidate_widths}
     return kind(kind.config_class.from_preset(recipe.model_preset, **options))
 
 
@@ -82,6 +86,11 @@ def with_agreement(
             "and this selector has none; set agreement_steps to 0, or start from one with similarity_prior=True."
         )
     store, collator = data.collator.store, data.collator
+    if data.policy_collator is not collator:
+        raise ValueError(
+            f"agreement_steps={recipe.agreement_steps} needs embeddings, and model_preset={recipe.model_preset!r} "
+            "sees the rows themselves; set agreement_steps to 0."
+        )
     if recipe.answer_feature not in store.names:
         raise ValueError(
             f"agreement_steps={recipe.agreement_steps} needs embeddings of the answers, and the store has no "
@@ -114,7 +123,9 @@ def validation_reward(args: GroupBeamGRPOConfig, data: TaskData, selector: Selec
     with tempfile.TemporaryDirectory() as folder:
         options = copy.copy(args)
         options.output_dir, options.report_to, options.push_to_hub = folder, [], False
-        trainer = GroupBeamGRPOTrainer(copy.deepcopy(selector), options, data.collator, data.train, data.validation)
+        trainer = GroupBeamGRPOTrainer(
+            copy.deepcopy(selector), options, data.policy_collator, data.train, data.validation
+        )
         return trainer.evaluate()[f"eval_{str(trainer.args.metric_for_best_model).removeprefix('eval_')}"]
 
 
@@ -139,7 +150,7 @@ def train_sft(args: SelectorSFTConfig, data: TaskData, selector: SelectorModel, 
     """Runs the supervised stage; its checkpoints go to `folder`."""
     options = copy.copy(args)
     options.output_dir = str(folder)
-    trainer = SelectorSFTTrainer(selector, options, data.collator, data.train, data.validation)
+    trainer = SelectorSFTTrainer(selector, options, data.policy_collator, data.train, data.validation)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume_from_checkpoint else None)
     return trainer
 
@@ -153,7 +164,7 @@ def post_train(
     options.hub_model_id = (
         args.hub_model_id or Path(str(args.output_dir)).name
     )  # not the name of the checkpoints' folder
-    trainer = GroupBeamGRPOTrainer(selector, options, data.collator, data.train, data.validation)
+    trainer = GroupBeamGRPOTrainer(selector, options, data.policy_collator, data.train, data.validation)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume_from_checkpoint else None)
     return trainer
 
@@ -164,8 +175,11 @@ def save_selector(selector: Any, folder: Path, data: TaskData) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     selector.save_pretrained(partial)
-    for file in data.encoders:
-        shutil.copy(file, partial)
+    if isinstance(data.policy_collator, DataCollatorForRawBeams):
+        data.policy_collator.processor.save_pretrained(partial)
+    else:
+        for file in data.encoders:
+            shutil.copy(file, partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
@@ -206,7 +220,7 @@ def start_with_sft(
     folder = output / "checkpoints" / "sft"
     if not (output / "sft").exists():
         set_seed(args.seed)
-        trainer = train_sft(args, data, build_selector(recipe, data.collator), folder)
+        trainer = train_sft(args, data, build_selector(recipe, data.policy_collator), folder)
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
             save_selector(trainer.accelerator.unwrap_model(trainer.model), output / "sft", data)

@@ -10,18 +10,23 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers import AutoProcessor
 
 from ..data import (
     DataCollatorForBeams,
+    DataCollatorForRawBeams,
     EmbeddingStore,
+    Example,
     SampleTask,
     complete_scores,
     drop_candidates,
     load_beams,
+    load_examples,
     load_sample,
     split_by_query,
 )
 from ..data.records import BeamDataError
+from ..models import PRESETS, ClipSelector
 from ..search.features import ENCODERS_FILE, MAPS_FILE
 from .arguments import RecipeArguments
 from .evaluate_arguments import EvaluateArguments
@@ -41,7 +46,9 @@ class TaskData:
         train, validation, heldout (`datasets.Dataset`):
             Groups of three disjoint sets of queries.
         collator ([`DataCollatorForBeams`]):
-            Makes batches of them.
+            Makes batches of them, with the embeddings.
+        policy_collator ([`DataCollatorForBeams`] or [`DataCollatorForRawBeams`]):
+            Makes the batches that the selector sees: with the embeddings, or with the rows themselves.
         num_shots (`int`):
             Length of the sequences.
         similarity_features (`tuple[str, ...]`):
@@ -59,6 +66,7 @@ class TaskData:
     validation: Dataset
     heldout: Dataset
     collator: DataCollatorForBeams
+    policy_collator: DataCollatorForBeams | DataCollatorForRawBeams
     num_shots: int
     similarity_features: tuple[str, ...] = ()
     entities: dict[int, str] = field(default_factory=dict)
@@ -135,12 +143,32 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
         held_back["validation"],
         held_back["heldout"],
         collator,
+        _raw_collator(recipe, sample) or collator,
         shots,
         similarity,
         entities,
         notes,
         encoders,
     )
+
+
+def _raw_collator(recipe: RecipeArguments, sample: SampleTask | None) -> DataCollatorForRawBeams | None:
+    """Batches of the rows themselves, for a selector that embeds them; `None` for the others."""
+    if PRESETS.get(recipe.model_preset) is not ClipSelector:
+        return None
+    if recipe.clip_model is None:
+        raise ValueError(
+            f"model_preset={recipe.model_preset!r} starts from a CLIP: name one by clip_model, a folder or a Hub id."
+        )
+    if recipe.task_file is not None:
+        rows = load_examples(recipe.task_file)
+    elif sample is not None:
+        rows = [Example(row["id"], row["question"], (row["answer"],)) for row in sample.rows()]
+    else:
+        raise ValueError(f"model_preset={recipe.model_preset!r} sees the rows themselves: name them by task_file.")
+    seen = ("image", "text") if any(row.image is not None for row in rows) else ("text",)
+    modalities = recipe.model_options.get("modalities", seen)
+    return DataCollatorForRawBeams(rows, AutoProcessor.from_pretrained(recipe.clip_model), modalities)
 
 
 def make_collator(

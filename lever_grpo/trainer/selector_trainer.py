@@ -63,7 +63,8 @@ class SelectorTrainer(Trainer):
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
         if args.metric_for_best_model is None and eval_dataset is not None:
-            complete = not isinstance(eval_dataset, dict) and fully_scored(eval_dataset)
+            may_stop = getattr(model.config, "stop", False)
+            complete = not isinstance(eval_dataset, dict) and fully_scored(eval_dataset, any_length=may_stop)
             args.metric_for_best_model = "eval_greedy_reward" if complete else "eval_expected_reward"
             args.greater_is_better = True
         super().__init__(

@@ -133,3 +133,7 @@ def test_fully_scored_is_exact():
     # as many sequences as there are pairs, but not every pair
     assert not fully_scored(Dataset.from_list([row([[0], [1], [2], *pairs[:3]])]))
     assert not fully_scored(Dataset.from_list([row([*pairs[:5], pairs[0]])]))
+    # of any length: every single too
+    assert not fully_scored(Dataset.from_list([row(pairs)]), any_length=True)
+    assert fully_scored(Dataset.from_list([row([[0], [1], [2], *pairs])]), any_length=True)
+    assert not fully_scored(Dataset.from_list([row([[0], [1], *pairs])]), any_length=True)
