@@ -47,8 +47,4 @@ class GPT2SelectorConfig(SelectorConfig):
         super()._check()
         for name in ("num_attention_heads", "num_layers"):
             self._at_least(name, 1)
-        if self.hidden_dim % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_dim={self.hidden_dim} is not a multiple of num_attention_heads={self.num_attention_heads}; "
-                "change one of them."
-            )
+        self._heads_fit()

@@ -65,11 +65,7 @@ class LeverPlusSelectorConfig(SelectorConfig):
             self._at_least(name, 1)
         if not self.logit_temperature > 0:
             raise ValueError(f"logit_temperature={self.logit_temperature}: must be above 0.")
-        if self.hidden_dim % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_dim={self.hidden_dim} is not a multiple of num_attention_heads={self.num_attention_heads}; "
-                "change one of them."
-            )
+        self._heads_fit()
         for name in ("similarity_prior", "stop"):
             if getattr(self, name):
                 raise ValueError(

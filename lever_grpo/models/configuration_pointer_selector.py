@@ -89,11 +89,7 @@ class PointerSelectorConfig(SelectorConfig):
         if unknown or len(set(self.decoder_terms)) < len(self.decoder_terms):
             known = ", ".join(TERMS)
             raise ValueError(f"decoder_terms={self.decoder_terms}: must be among {known}, each once.")
-        if self.hidden_dim % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_dim={self.hidden_dim} is not a multiple of num_attention_heads={self.num_attention_heads}; "
-                "change one of them."
-            )
+        self._heads_fit()
         if self.encoder != "none":
             return
         if not self.similarity_prior:

@@ -137,3 +137,11 @@ class SelectorConfig(PreTrainedConfig):
     def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}.")
+
+    def _heads_fit(self) -> None:
+        """Of kinds with attention."""
+        heads = self.num_attention_heads  # type: ignore[attr-defined]
+        if self.hidden_dim % heads:
+            raise ValueError(
+                f"hidden_dim={self.hidden_dim} is not a multiple of num_attention_heads={heads}; change one of them."
+            )
