@@ -140,7 +140,7 @@ class SelectorConfig(PreTrainedConfig):
 
     def _heads_fit(self) -> None:
         """Of kinds with attention."""
-        heads = self.num_attention_heads  # type: ignore[attr-defined]
+        heads = self.num_attention_heads
         if self.hidden_dim % heads:
             raise ValueError(
                 f"hidden_dim={self.hidden_dim} is not a multiple of num_attention_heads={heads}; change one of them."

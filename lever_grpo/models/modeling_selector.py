@@ -348,6 +348,12 @@ class SelectorModel(PreTrainedModel):
                 "is picked twice; lower num_shots or enlarge the pools."
             )
 
+        if self.config.stop and num_shots > self.config.max_shots:
+            raise ValueError(
+                f"num_shots={num_shots} demonstrations are more than max_shots={self.config.max_shots}, at which every "
+                "sequence of this selector ends; lower num_shots."
+            )
+
         width = returned if do_sample else num_beams
         state = encoding.state.expand(-1, width, *encoding.state.shape[2:])
         available = encoding.available.expand(-1, width, -1)
