@@ -137,6 +137,10 @@ class DemonstrationSelector:
         found = store.gather(everything, list(self.selector.config.candidate_features))
         self._candidate_embeds = torch.from_numpy(found).to(self.selector.device)
         self.candidates, self._store = list(candidates), store
+        # a query that is a candidate too, or about the same thing as some, must not see these
+        self._known = {(row.id, row.question): i for i, row in enumerate(candidates)}
+        self._entities = {i: row.entity for i, row in enumerate(candidates) if row.entity is not None}
+        self._about = Counter(self._entities.values())
 
     @torch.inference_mode()
     def select(
@@ -252,14 +256,12 @@ class DemonstrationSelector:
             sides = [np.concatenate([side[n] for n in names], axis=1) for side in (self._store, store)]  # type: ignore[index]
             return np.concatenate(sides, dtype=np.float32)
 
-        # a query that is a candidate too, or about the same thing as some, must not see these
-        known = {(row.id, row.question): i for i, row in enumerate(self.candidates)}
         first = len(self.candidates)
-        ids = [known.get((query.id, query.question), first + i) for i, query in enumerate(queries)]
-        entities = {i: row.entity for i, row in enumerate(self.candidates) if row.entity is not None}
-        about = Counter(entities.values())
-        entities |= {i: query.entity for i, query in zip(ids, queries, strict=True) if query.entity is not None}
-        hidden = max(max(about[entities.get(i, "")], int(i < first)) for i in ids)
+        ids = [self._known.get((query.id, query.question), first + i) for i, query in enumerate(queries)]
+        asked = {i: query.entity for i, query in zip(ids, queries, strict=True) if query.entity is not None}
+        hidden = max(max(self._about[asked.get(i, self._entities.get(i, ""))], int(i < first)) for i in ids)
+        if not hidden and pool_size >= first:  # all of them: nothing to retrieve
+            return [list(range(first))] * len(queries)
         return sample_pools(
             sampler,
             ids,
@@ -269,7 +271,7 @@ class DemonstrationSelector:
             text=table("question", [name for name in shared if name != "image"]),
             image=table("image", []),
             ratios=ratios,
-            entities=entities,
+            entities=self._entities | asked,
         )
 
 
