@@ -45,7 +45,7 @@ REFERENCE = "v2"
 # what differs from `recipes/okvqa_v3.yaml`: a network on the similarity prior, trained on the log's scores alone
 COMMON = ["--hidden_dim", "64", "--agreement_steps", "0", "--sft_num_beams", "3", "--learning_rate", "5e-4"]
 VERSIONS: dict[str, dict[str, Any]] = {
-    "prior alone": {"preset": "v3", "encoder": "none"},
+    "prior alone": {"preset": "prior"},
     "v0": {"preset": "v0"},
     "v1": {"preset": "v1"},
     "v2": {"preset": "v2"},
@@ -129,7 +129,7 @@ def run_one(version: str, shots: int, seed: int, queries: int, output: Path) -> 
         *data_options(load_sample(TASK), shots, queries, output),
     ]
     recipe, args = parse(options, GroupBeamGRPOConfig)
-    recipe.encoder, recipe.model_init_kwargs = about.get("encoder"), about.get("options")
+    recipe.model_init_kwargs = about.get("options")
     args.resume_from_checkpoint = "true"
     train(recipe, args, load_task(recipe, seed), folder)
 

@@ -78,7 +78,6 @@ LITERAL = {
 }
 V2 = {
     "model_preset": "v2",
-    "encoder": None,
     "similarity_prior": False,
     "hidden_dim": 256,
     "num_set_layers": 0,

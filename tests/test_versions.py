@@ -16,6 +16,7 @@ from lever_grpo.report import load_results
 
 
 VERSIONS = {
+    "prior": {"model_preset": "prior", "similarity_prior": True},
     "v0": {"model_preset": "v0", "similarity_prior": True},
     "v1": {"model_preset": "v1", "similarity_prior": True},
     "v2": {"model_preset": "v2", "similarity_prior": False},

@@ -59,6 +59,7 @@ class PointerSelectorConfig(SelectorConfig):
 
     model_type = "pointer_selector"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "prior": {"encoder": "none", "similarity_prior": True},
         "v1": {"encoder": "bi_encoder", "state_update": "additive"},
         "v2": {"encoder": "cross_attention", "state_update": "gated"},
         # v3 is v2's network after post-training; the two share one architecture, so that a v2 checkpoint is its start

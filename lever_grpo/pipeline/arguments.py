@@ -61,7 +61,8 @@ class RecipeArguments:
             The supervised stage: its epochs, peak learning rate, and the best beams that it imitates.
         model_preset (`str`, *optional*, defaults to `"v3"`):
             Version of the selector: `"v0"` (a sequence model), `"v1"` (bi-encoder), `"v2"` or `"v3"` (with
-            cross-attention), and below it the options of its configuration that recipes set.
+            cross-attention), `"prior"` (no network), …; and below it the options of its configuration that recipes
+            set.
         model_init_kwargs (`dict`, *optional*):
             Any further options of its configuration, such as `{"state_update": "gru"}`; they come last.
         clip_model (`str`, *optional*):
@@ -112,7 +113,6 @@ class RecipeArguments:
     )
     clip_model: str | None = field(default=None, metadata={"help": "CLIP of 'v2_lora': a folder or a Hub id."})
     task_file: str | None = field(default=None, metadata={"help": "Rows that 'v2_lora' sees; default: the sample's."})
-    encoder: str | None = field(default=None, metadata={"help": "Encoder, if not the preset's; 'none': prior alone."})
     hidden_dim: int = field(default=64, metadata={"help": "Width of the network."})
     num_set_layers: int = field(default=0, metadata={"help": "Self-attention layers among the candidates."})
     similarity_prior: bool = field(default=True, metadata={"help": "Whether to start exactly at similarity."})

@@ -31,7 +31,7 @@ from .task_data import TaskData
 
 
 logger = logging.getLogger(__name__)
-_SHARED_OPTIONS = {"encoder", "num_set_layers"}  # of recipes, which not every kind of selector has
+_SHARED_OPTIONS = {"num_set_layers"}  # of recipes, which not every kind of selector has
 
 
 def build_selector(
@@ -49,8 +49,6 @@ def build_selector(
         "dropout": recipe.dropout,
         "prior_dropout": recipe.dropout,
     }
-    if recipe.encoder is not None:
-        options["encoder"] = recipe.encoder
     options.update({**recipe.model_options, **changes})
     known = {field.name for field in fields(kind.config_class)}
     unknown = sorted(options.keys() - known - _SHARED_OPTIONS)
