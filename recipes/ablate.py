@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -66,12 +67,12 @@ NOTES = """\
 # Ablation: versions and decoders
 
 Each version of the selector, with the options of its decoder, trained by SFT and then GRPO on the same logs of the
-task `supersense`, and judged by what SmolLM2-135M-Instruct answers to {queries} held-out queries with its choices, over
-{seeds} training seeds: the log-probability of the right answer, with its 95 % interval over queries. The last column is
-the difference of the GRPO selector to that of v2, query by query. All were trained on {logged} queries; for three and
-four shots a fresh log was made, with a beam of one and 24 random sequences a query. Latency is that of one query alone,
-its embeddings given, from a pool of 16 on one core. `v2_lora` is missing: there is no CLIP among the packages.
-`python recipes/ablate.py` makes this page.
+task `supersense`, and judged by what SmolLM2-135M-Instruct answers to {queries} held-out queries with its choices,
+over {seeds} training seeds: the log-probability of the right answer, with its 95 % interval over queries. The last
+column is the difference of the GRPO selector to that of v2, query by query. All were trained on {logged} queries;
+for three and four shots a fresh log was made, with a beam of one and 24 random sequences a query. Latency is that
+of one query alone, its embeddings given, from a pool of 16 on one core. `v2_lora` is missing: there is no CLIP
+among the packages. `python recipes/ablate.py` makes this page.
 """
 
 
@@ -135,13 +136,18 @@ def run_one(version: str, shots: int, seed: int, queries: int, output: Path) -> 
 
 
 def place(output: Path, version: str, shots: int, seed: int) -> Path:
-    return output / version.replace(", ", "-").replace(" ", "_") / f"shots{shots}-seed{seed}"
+    return output / key("", version).strip("_") / f"shots{shots}-seed{seed}"
+
+
+def key(stage: str, version: str) -> str:
+    """Name of a version's selector, as `evaluate` takes names."""
+    return f"{stage}_{re.sub('[^a-z0-9]+', '_', version.lower())}"
 
 
 def judge(versions: list[str], shots: int, seeds: int, heldout: int, output: Path) -> dict[str, NDArray[np.float64]]:
     """Log-probability of the right answer with the choices of each baseline and selector, (seeds, queries) each."""
     selectors = [
-        f"{stage}/{version}={place(output, version, shots, seed) / stage}"
+        f"{key(stage, version)}={place(output, version, shots, seed) / stage}"
         for version in versions
         for stage in ("sft", "grpo")
         for seed in range(seeds)
@@ -191,10 +197,10 @@ def table(versions: list[str], shots: int, seeds: int, heldout: int, output: Pat
             lines.append(f"| {name} | | | {interval(mean_interval(worth[name].mean(0)))} | | |")
     for version in versions:
         parameters, latency = size_and_latency(place(output, version, shots, 0) / "grpo")
-        sft, grpo = worth[f"sft/{version}"], worth[f"grpo/{version}"]
+        sft, grpo = (worth[key(stage, version)] for stage in ("sft", "grpo"))
         beside = ""
         if version != REFERENCE and REFERENCE in versions:
-            beside = interval(paired_interval(grpo, worth[f"grpo/{REFERENCE}"]), signed=True)
+            beside = interval(paired_interval(grpo, worth[key("grpo", REFERENCE)]), signed=True)
         cells = [
             version,
             f"{parameters:,}",

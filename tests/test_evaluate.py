@@ -123,6 +123,20 @@ def test_every_method_is_asked_and_judged(task):
     assert len(shown["demonstrations"]) == 2 and shown["accuracy"] in (0.0, 1.0)
 
 
+def test_metrics_are_those_that_are_asked_for(task):
+    arguments = EvaluateArguments(**task, metrics=["token_f1", "cider"])
+    try:
+        evaluation = evaluate(arguments, Reader())
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert list(evaluation["metrics"]) == ["token_f1", "cider"]
+    f1, cider = (evaluation["metrics"][name]["2"]["methods"] for name in ("token_f1", "cider"))
+    # an answer is one word: its F1 is whether it is right, and CIDEr has nothing else to tell either
+    right = np.mean([pick["picks"]["2"]["grpo"]["accuracy"] for pick in evaluation["gallery"]])
+    assert f1["grpo"]["reward"]["mean"] == pytest.approx(right)
+    assert (cider["grpo"]["reward"]["mean"] > 0) == (right > 0)
+
+
 def test_prompts_are_asked_once_and_a_new_selector_costs_its_own(task):
     asked = []
     evaluate(EvaluateArguments(**{**task, "selectors": task["selectors"][:1]}), Reader(asked))
@@ -233,6 +247,7 @@ def test_pools_without_a_log(task, tmp_path):
         ({"num_shots": [0]}, "numbers from 1 on"),
         ({"num_shots": [7]}, "smallest pool has 6"),
         ({"baselines": ["best"]}, "must be of"),
+        ({"metrics": ["bleu"]}, "must be of accuracy, log_prob, token_f1, cider"),
         ({"log": None}, "have no pools"),
         ({"embeddings": None}, "through embeddings"),
         ({"similarity_features": ["answer"]}, "two sides share question, image|two sides share image, question"),

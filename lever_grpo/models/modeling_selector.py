@@ -350,8 +350,8 @@ class SelectorModel(PreTrainedModel):
 
         if self.config.stop and num_shots > self.config.max_shots:
             raise ValueError(
-                f"num_shots={num_shots} demonstrations are more than max_shots={self.config.max_shots}, at which every "
-                "sequence of this selector ends; lower num_shots."
+                f"num_shots={num_shots} demonstrations are more than max_shots={self.config.max_shots}, at which "
+                "every sequence of this selector ends; lower num_shots."
             )
 
         width = returned if do_sample else num_beams

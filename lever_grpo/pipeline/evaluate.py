@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,13 @@ from ..data.examples import Example
 from ..data.pools import PoolSource
 from ..inference import best_logged, choose, mixed_picks, mmr_picks, random_picks
 from ..inference.answering import Answered, Question, answer_questions, read_answers
+from ..metrics import token_f1
 from ..models import load_selector
 from ..report import MethodResult, build_report, print_report, stack_seeds, write_html, write_report
 from ..scorers import Scorer
-from ..search import answer_accuracy
-from .evaluate_arguments import BASELINES, EvaluateArguments, parse_evaluate
+from ..search import answer_accuracy, make_judge
+from ..search.judges import Judge
+from .evaluate_arguments import BASELINES, METRICS, EvaluateArguments, parse_evaluate
 from .frozen_model import FrozenModelArguments, load_rows, make_scorer, open_store
 from .generate_folder import FREE, agree, rows_digest
 from .runs import similarity_baseline
@@ -41,7 +43,6 @@ from .task_data import make_collator
 __all__ = ["EvaluateArguments", "evaluate", "parse_evaluate"]
 
 logger = logging.getLogger(__name__)
-METRICS = {"accuracy": "accuracy of the answer", "log_prob": "log-probability of the right answer, a token"}
 
 Picks = dict[str, list[list[list[int]]]]  # method -> seeds (or draws) -> queries -> row ids in prompt order
 
@@ -88,6 +89,7 @@ def evaluate(arguments: EvaluateArguments, scorer: Scorer | None = None) -> dict
     state = PartialState(cpu=arguments.device == "cpu" or not torch.accelerator.is_available())
     output = Path(arguments.output_dir)
     queries = load_queries(arguments)
+    judges = make_judges(arguments.metrics, queries.rows.values())
     picks = {shots: make_picks(arguments, queries, shots) for shots in dict.fromkeys(arguments.num_shots)}
     ids = list(queries.dataset["query_id"])
     asked: list[Question] = sorted(
@@ -131,7 +133,7 @@ def evaluate(arguments: EvaluateArguments, scorer: Scorer | None = None) -> dict
             disable_tqdm=arguments.disable_tqdm or not state.is_main_process,
         )
     state.wait_for_everyone()
-    evaluation = _evaluation(arguments, queries, picks, read_answers(output / "answers"))
+    evaluation = _evaluation(arguments, queries, picks, read_answers(output / "answers"), judges)
     if state.is_main_process:
         _write(evaluation, picks, ids, output)
     return evaluation
@@ -174,6 +176,14 @@ def load_queries(arguments: EvaluateArguments) -> Queries:
         )
     collator, similarity = make_collator(arguments, store, sample)
     return Queries(dataset, store, collator, similarity, rows)
+
+
+def make_judges(metrics: Iterable[str], rows: Iterable[Example]) -> dict[str, Judge]:
+    """What an answer is worth, by metric; `accuracy` always, as the gallery shows it."""
+    judges: dict[str, Judge] = {"accuracy": answer_accuracy, "token_f1": token_f1}
+    if "cider" in metrics:
+        judges["cider"] = make_judge("cider", rows)
+    return {name: judge for name, judge in judges.items() if name == "accuracy" or name in metrics}
 
 
 def make_picks(arguments: EvaluateArguments, queries: Queries, num_shots: int) -> Picks:
@@ -238,11 +248,12 @@ def _evaluation(
     queries: Queries,
     picks: Mapping[int, Picks],
     answers: Mapping[Question, Answered],
+    judges: Mapping[str, Judge],
 ) -> dict[str, Any]:
     """Reports by metric and number of shots, and the gallery."""
-    worth = {
+    worth: dict[Question, dict[str, float]] = {
         question: {
-            "accuracy": answer_accuracy(found.text, queries.rows[question[0]].answers),
+            **{name: judge(found.text, queries.rows[question[0]].answers) for name, judge in judges.items()},
             "log_prob": found.log_prob,
         }
         for question, found in answers.items()
@@ -267,7 +278,7 @@ def _evaluation(
     task = Path(arguments.task_file or arguments.questions or arguments.task).stem
     settings: dict[str, Any] = {"task": task, "queries": len(kept)}
     metrics: dict[str, Any] = {}
-    for metric, title in METRICS.items():
+    for metric in arguments.metrics:
         metrics[metric] = {}
         for shots, methods in picks.items():
             results = []
@@ -279,7 +290,7 @@ def _evaluation(
             metrics[metric][str(shots)] = build_report(
                 results,
                 title=f"{task}: {shots} shot{'s' * (shots > 1)}",
-                reward_name=title,
+                reward_name=METRICS[metric],
                 settings=settings,
                 sections={"Notes": "\n".join(notes)} if notes else None,
             )

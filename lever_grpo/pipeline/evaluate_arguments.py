@@ -9,6 +9,12 @@ from .frozen_model import FrozenModelArguments, TaskArguments
 from .parsing import parse_dataclasses
 
 
+METRICS = {
+    "accuracy": "accuracy of the answer",
+    "log_prob": "log-probability of the right answer, a token",
+    "token_f1": "F1 of the answer's words",
+    "cider": "CIDEr of the caption",
+}
 BASELINES = ("zero_shot", "random", "similarity", "similarity_image", "similarity_all", "mix", "mmr", "oracle")
 
 
@@ -38,6 +44,9 @@ class EvaluateArguments(TaskArguments, FrozenModelArguments):
             `oracle` (the best sequence of the log).
         query_features, candidate_features, similarity_features (`list[str]`, *optional*):
             As in [`RecipeArguments`].
+        metrics (`list[str]`, *optional*, defaults to `["accuracy", "log_prob"]`):
+            What answers are judged by: `accuracy`, `log_prob` (of the right answer, a token), `token_f1`, or, for
+            captions, `cider`.
         random_draws (`int`, *optional*, defaults to `5`):
             Random sequences of each query; their mean is reported.
         mmr_trade_off (`float`, *optional*, defaults to `0.5`):
@@ -79,6 +88,9 @@ class EvaluateArguments(TaskArguments, FrozenModelArguments):
     query_features: list[str] | None = field(default=None, metadata={"help": "Embeddings of the query side."})
     candidate_features: list[str] | None = field(default=None, metadata={"help": "Embeddings of the candidates."})
     similarity_features: list[str] | None = field(default=None, metadata={"help": "Embeddings of similarity."})
+    metrics: list[str] = field(
+        default_factory=lambda: ["accuracy", "log_prob"], metadata={"help": f"Of {', '.join(METRICS)}."}
+    )
     random_draws: int = field(default=5, metadata={"help": "Random sequences of a query."})
     mmr_trade_off: float = field(default=0.5, metadata={"help": "Weight of similarity against diversity, 0 to 1."})
     construct_order: str = field(default="left", metadata={"help": "Where a new demonstration stands: left, right."})
@@ -98,6 +110,8 @@ class EvaluateArguments(TaskArguments, FrozenModelArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if not self.num_shots or min(self.num_shots) < 1:
             raise ValueError(f"num_shots={self.num_shots}: name numbers from 1 on; zero-shot is a row of each table.")
+        if not self.metrics or set(self.metrics) - METRICS.keys():
+            raise ValueError(f"metrics={self.metrics}: must be of {', '.join(METRICS)}.")
         unknown = sorted(set(self.baselines or ()) - set(BASELINES))
         if unknown:
             raise ValueError(f"baselines={unknown}: must be of {', '.join(BASELINES)}.")
