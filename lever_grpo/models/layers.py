@@ -9,34 +9,44 @@ from torch.nn import functional as F
 from .configuration_pointer_selector import PointerSelectorConfig
 
 
-class AttentionLayer(nn.Module):
-    """`x` attends to `context`; residual, layer norm, feed-forward. Plain linears, so that LoRA fits."""
+class Attention(nn.Module):
+    """`x` attends to `context`, by several heads. Plain linears, so that LoRA fits."""
 
-    def __init__(self, config: PointerSelectorConfig):
+    def __init__(self, width: int, num_heads: int):
         super().__init__()
-        width = config.hidden_dim
-        self.num_heads = config.num_attention_heads
+        self.num_heads = num_heads
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.o_proj = nn.Linear(width, width)
-        self.attention_norm = nn.LayerNorm(width)
-        self.up_proj = nn.Linear(width, 2 * width)
-        self.down_proj = nn.Linear(2 * width, width)
-        self.output_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(config.dropout)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, length, H / heads)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         attended = F.scaled_dot_product_attention(
             self._heads(self.q_proj(x)),
             self._heads(self.k_proj(context)),
             self._heads(self.v_proj(context)),
             attn_mask=mask[:, None, None],  # (B, 1, 1, K)
         )
-        x = self.attention_norm(x + self.dropout(self.o_proj(attended.transpose(1, 2).flatten(-2))))
+        return self.o_proj(attended.transpose(1, 2).flatten(-2))  # (B, length, H)
+
+
+class AttentionLayer(Attention):
+    """Attention; residual, layer norm, feed-forward."""
+
+    def __init__(self, config: PointerSelectorConfig):
+        width = config.hidden_dim
+        super().__init__(width, config.num_attention_heads)
+        self.attention_norm = nn.LayerNorm(width)
+        self.up_proj = nn.Linear(width, 2 * width)
+        self.down_proj = nn.Linear(2 * width, width)
+        self.output_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.attention_norm(x + self.dropout(self.attend(x, context, mask)))
         return self.output_norm(x + self.dropout(self.down_proj(F.gelu(self.up_proj(x)))))  # (B, length, H)
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .configuration_lever_plus import LeverPlusSelectorConfig
+from .layers import Attention
 from .modeling_selector import PoolEncoding, SelectorModel
 
 
@@ -33,30 +34,15 @@ class Tower(nn.Module):
         return self.down_norm(self.down_proj(self.dropout(F.relu(self.up_norm(self.up_proj(x))))))
 
 
-class PoolAttention(nn.Module):
+class PoolAttention(Attention):
     """The query attends to its pool; residual, layer norm."""
 
     def __init__(self, config: LeverPlusSelectorConfig):
-        super().__init__()
-        width = config.hidden_dim
-        self.num_heads = config.num_attention_heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.o_proj = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, length, H / heads)
+        super().__init__(config.hidden_dim, config.num_attention_heads)
+        self.norm = nn.LayerNorm(config.hidden_dim)
 
     def forward(self, query: torch.Tensor, candidates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        attended = F.scaled_dot_product_attention(
-            self._heads(self.q_proj(query)),
-            self._heads(self.k_proj(candidates)),
-            self._heads(self.v_proj(candidates)),
-            attn_mask=mask[:, None, None],  # (B, 1, 1, K)
-        )
-        return self.norm(query + self.o_proj(attended.transpose(1, 2).flatten(-2)))  # (B, 1, H)
+        return self.norm(query + self.attend(query, candidates, mask))  # (B, 1, H)
 
 
 class PickUpdate(nn.Module):
