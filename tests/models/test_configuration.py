@@ -9,6 +9,7 @@ from lever_grpo import PointerSelectorConfig
 def test_presets_say_encoder_and_state_update_and_keep_what_is_given():
     kinds = {name: PointerSelectorConfig.from_preset(name) for name in PointerSelectorConfig.presets}
     assert {name: (config.encoder, config.state_update) for name, config in kinds.items()} == {
+        "prior": ("none", "gated"),
         "v1": ("bi_encoder", "additive"),
         "v2": ("cross_attention", "gated"),
         "v3": ("cross_attention", "gated"),
@@ -18,7 +19,7 @@ def test_presets_say_encoder_and_state_update_and_keep_what_is_given():
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="preset='v9' is unknown; the presets are v1, v2, v3"):
+    with pytest.raises(ValueError, match="preset='v9' is unknown; the presets are prior, v1, v2, v3"):
         PointerSelectorConfig.from_preset("v9")
 
 
