@@ -10,7 +10,13 @@ from .configuration_pointer_selector import PointerSelectorConfig
 
 
 class Attention(nn.Module):
-    """`x` attends to `context`, by several heads. Plain linears, so that LoRA fits."""
+    r"""
+    `x` attends to `context`, by several heads. Plain linears, so that LoRA fits.
+
+    A single token, as the decoder's first state is, has its query taken back through the keys' weights rather than
+    the whole context projected, \\( q_h \cdot W^k_h c = ({W^k_h}^{\top} q_h) \cdot c \\), and its values are projected
+    after their mean is taken: the same function with H / heads times fewer products.
+    """
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -24,6 +30,8 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, length, H / heads)
 
     def attend(self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] == 1 and type(self.k_proj) is type(self.v_proj) is nn.Linear:  # no adapter on them
+            return self.o_proj(self._attend_once(self._heads(self.q_proj(x)).squeeze(2), context, mask))
         attended = F.scaled_dot_product_attention(
             self._heads(self.q_proj(x)),
             self._heads(self.k_proj(context)),
@@ -31,6 +39,18 @@ class Attention(nn.Module):
             attn_mask=mask[:, None, None],  # (B, 1, 1, K)
         )
         return self.o_proj(attended.transpose(1, 2).flatten(-2))  # (B, length, H)
+
+    def _attend_once(self, query: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What the heads of one token see, (B, 1, H); `query` is (B, heads, H / heads)."""
+        keys, values = (p.weight.unflatten(0, (self.num_heads, -1)) for p in (self.k_proj, self.v_proj))
+        asked = torch.einsum("bhd,hdw->bhw", query, keys)  # (B, heads, H)
+        scores = asked @ context.transpose(1, 2) + (query * self._bias(self.k_proj)).sum(-1, keepdim=True)
+        weights = (scores / math.sqrt(query.shape[-1])).masked_fill(~mask.unsqueeze(1), -math.inf).softmax(-1)
+        seen = torch.einsum("bhw,hdw->bhd", weights @ context, values) + self._bias(self.v_proj)
+        return seen.flatten(1).unsqueeze(1)
+
+    def _bias(self, linear: nn.Linear) -> torch.Tensor:
+        return linear.bias.unflatten(0, (self.num_heads, -1))  # (heads, H / heads)
 
 
 class AttentionLayer(Attention):

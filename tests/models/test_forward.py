@@ -4,9 +4,11 @@ import math
 import pytest
 import torch
 from small_selectors import CANDIDATE_WIDTH, POINTER_VARIANTS, QUERY_WIDTH, gradients, make_batch, make_selector
+from torch import nn
 from torch.nn import functional as F
 
 from lever_grpo import PointerSelector
+from lever_grpo.models.layers import Attention
 
 
 def close(actual, expected, **tolerance):
@@ -341,7 +343,8 @@ def test_the_encoder_runs_once_per_query_whatever_the_group(group):
     assert seen["query_proj"] == [(3, QUERY_WIDTH)]
     assert seen["candidate_proj"] == [(3, 4, CANDIDATE_WIDTH)]
     assert seen["layers.0.q_proj"] == [(3, 1, 8)]
-    assert seen["layers.0.k_proj"] == seen["set_layers.0.q_proj"] == [(3, 4, 8)]
+    assert seen["set_layers.0.k_proj"] == seen["set_layers.0.q_proj"] == [(3, 4, 8)]
+    assert "layers.0.k_proj" not in seen  # one token attends: see the next test
     assert seen["prior.candidate_metric.image"] == [(3, 4, 3)]
     assert all(len(calls) == 1 for calls in seen.values())
 
@@ -351,6 +354,28 @@ def test_the_encoder_runs_once_per_query_whatever_the_group(group):
     selector(**{**batch, "candidate_embeds": unique, "candidate_indices": indices})
     assert seen["candidate_proj"] == [(6, CANDIDATE_WIDTH)]  # each candidate of the batch once
     assert seen["prior.candidate_metric.image"] == [(6, 3)]
+
+
+class Adapted(nn.Linear):
+    """A linear layer that is more than its weights, as those with adapters are."""
+
+
+def test_one_token_attends_as_if_the_whole_context_were_projected():
+    torch.manual_seed(0)
+    attention = Attention(width=12, num_heads=3).double()
+    context, mask = torch.randn(4, 5, 12, dtype=torch.float64), torch.rand(4, 5) < 0.7
+    mask[:, 2] = True
+    token = torch.randn(4, 1, 12, dtype=torch.float64)
+    gradients = []
+    for kind in (nn.Linear, Adapted):
+        attention.v_proj.__class__ = kind
+        context.grad = None
+        inputs = [token.clone().requires_grad_(), context.clone().requires_grad_()]
+        attended = attention.attend(*inputs, mask)
+        wanted = torch.autograd.grad(attended.square().sum(), [*inputs, *attention.parameters()])
+        gradients.append([attended, *wanted])
+    for once, projected in zip(*gradients, strict=True):
+        torch.testing.assert_close(once, projected, atol=1e-10, rtol=1e-10)
 
 
 # ---- gradients ----
