@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import TrainerState, set_seed
+from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from ..data import DataCollatorForBeams, DataCollatorForRawBeams
 from ..models import PRESETS, ClipSelector, SelectorModel, load_selector
@@ -23,6 +24,7 @@ from ..trainer import (
     GroupBeamGRPOTrainer,
     SelectorSFTConfig,
     SelectorSFTTrainer,
+    SelectorTrainer,
     fit_answer_agreement,
 )
 from ..trainer.checkpoints import last_checkpoint
@@ -146,10 +148,9 @@ def sft_config(recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> SelectorSF
 
 def train_sft(args: SelectorSFTConfig, data: TaskData, selector: SelectorModel, folder: Path) -> SelectorSFTTrainer:
     """Runs the supervised stage; its checkpoints go to `folder`."""
-    options = copy.copy(args)
-    options.output_dir = str(folder)
+    options = _stage_options(args, folder)
     trainer = SelectorSFTTrainer(selector, options, data.policy_collator, data.train, data.validation)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume_from_checkpoint else None)
+    _train(trainer, folder)
     return trainer
 
 
@@ -157,14 +158,46 @@ def post_train(
     args: GroupBeamGRPOConfig, data: TaskData, selector: SelectorModel, folder: Path
 ) -> GroupBeamGRPOTrainer:
     """Runs RCE and GRPO; checkpoints go to `folder`."""
+    options = _stage_options(args, folder)
+    trainer = GroupBeamGRPOTrainer(selector, options, data.policy_collator, data.train, data.validation)
+    output = Path(str(args.output_dir))
+    # what a run that goes on from the Hub needs beside the checkpoint: the stages before, and how rows are embedded
+    trainer.hub_extras = {
+        "rce": folder / "rce",
+        "sft": output / "sft",
+        "checkpoints/sft/trainer_state.json": output / "checkpoints" / "sft" / "trainer_state.json",
+        **{file.name: file for file in data.encoders},
+    }
+    _train(trainer, folder)
+    return trainer
+
+
+def _stage_options(args: Any, folder: Path) -> Any:
+    """Arguments of the stage whose folder it is: a run with a name has one in trackers for each stage, since trackio
+    goes on with a run of the same name; on the Hub all stages have one repository."""
     options = copy.copy(args)
     options.output_dir = str(folder)
-    options.hub_model_id = (
-        args.hub_model_id or Path(str(args.output_dir)).name
-    )  # not the name of the checkpoints' folder
-    trainer = GroupBeamGRPOTrainer(selector, options, data.policy_collator, data.train, data.validation)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if args.resume_from_checkpoint else None)
-    return trainer
+    options.hub_model_id = args.hub_model_id or Path(str(args.output_dir)).absolute().name
+    if args.run_name is not None:
+        options.run_name = f"{args.run_name}-{folder.name}"
+    return options
+
+
+def _train(trainer: SelectorTrainer, folder: Path) -> None:
+    """Trains from the start or from the last checkpoint in `folder`."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is not None:
+            # set by TENSORBOARD_LOGGING_DIR, for all stages; otherwise it is inside the stage's own folder
+            callback.logging_dir = os.path.join(callback.logging_dir, folder.name)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if trainer.args.resume_from_checkpoint else None)
+
+
+def _finish_tracking(trainer: SelectorTrainer) -> None:
+    """Ends the W&B run of a stage, which the trainer leaves open and the next stage would write into."""
+    if any(isinstance(callback, WandbCallback) for callback in trainer.callback_handler.callbacks):
+        import wandb
+
+        wandb.finish()
 
 
 def save_selector(selector: Any, folder: Path, data: TaskData) -> None:
@@ -200,8 +233,7 @@ def train(
             if last == "grpo" and args.rce_epochs > 0:
                 save_selector(load_selector(checkpoints / "grpo" / "rce"), output / "rce", data)
             save_selector(trainer.accelerator.unwrap_model(trainer.model), output / last, data)
-        if args.push_to_hub:
-            trainer.push_to_hub()
+        _finish_tracking(trainer)
         trainer.accelerator.wait_for_everyone()
     # a log between two train logs says nothing of its stage: the plan does
     log = _log_history(checkpoints / "grpo" / "trainer_state.json")
@@ -222,6 +254,7 @@ def start_with_sft(
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
             save_selector(trainer.accelerator.unwrap_model(trainer.model), output / "sft", data)
+        _finish_tracking(trainer)
         trainer.accelerator.wait_for_everyone()
     return [{**entry, "stage": "sft"} for entry in _log_history(folder / "trainer_state.json")]
 

@@ -9,6 +9,8 @@ from .selector_config import SelectorTrainingArguments
 
 OLD_POLICY_REFRESH = ("never", "stage", "epoch", "steps")
 KL_ESTIMATORS = ("exact", "k1", "k2", "k3")
+KL_DIRECTIONS = ("reverse", "forward")
+SCALE_REWARDS = ("group", "batch", "none", "rank")
 
 
 @dataclass
@@ -108,6 +110,17 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
             Whether to compute the reference's log-probabilities once, as a column of the data set. Only for the
             estimators at a fixed policy temperature; the exact KL needs whole distributions, computed per batch.
 
+    > Parameters that control the logging
+
+    Args:
+        log_groups (`bool`, *optional*, defaults to `False`):
+            Whether to show a table of groups while training: query, sequences, rewards, advantages, ratios. It goes to
+            the console, to `output_dir/groups/`, and to TensorBoard, trackio and W&B where `report_to` names them.
+        log_groups_steps (`int`, *optional*, defaults to `10`):
+            Steps between two tables.
+        num_groups_to_log (`int`, *optional*, defaults to `2`):
+            Groups of a table. Raising it makes long tables: a row for each sequence.
+
     The other arguments are those of [`SelectorTrainingArguments`]; `disable_dropout` defaults to `True` here, as in
     DPO. `False` regularises small data; policy and old policy then share their dropout masks.
 
@@ -147,9 +160,9 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
     rce_normalize: bool = field(
         default=True, metadata={"help": "Standardise scores in the group before softmax(R/τ)."}
     )
-    loss_type: str = field(default="grpo", metadata={"help": f"One of {', '.join(LOSS_TYPES)}."})
+    loss_type: str = field(default="grpo", metadata={"help": "Loss of the policy.", "choices": LOSS_TYPES})
     importance_sampling_level: str = field(
-        default="joint", metadata={"help": f"One of {', '.join(IMPORTANCE_SAMPLING_LEVELS)}."}
+        default="joint", metadata={"help": "What a ratio is taken of.", "choices": IMPORTANCE_SAMPLING_LEVELS}
     )
     epsilon: float = field(default=0.2, metadata={"help": "Clip range of the ratio."})
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; by default epsilon."})
@@ -157,15 +170,21 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
     sapo_temperature_pos: float = field(default=1.0, metadata={"help": "Gate of sapo for positive advantages."})
     sapo_temperature_neg: float = field(default=1.05, metadata={"help": "Gate of sapo for negative advantages."})
     loss_temperature: float = field(default=0.5, metadata={"help": "τ of the weights of rwr and listwise_kl."})
-    scale_rewards: str = field(default="group", metadata={"help": "group, batch, none or rank."})
+    scale_rewards: str = field(
+        default="group", metadata={"help": "How advantages are scaled.", "choices": SCALE_REWARDS}
+    )
     advantage_clip: float = field(default=5.0, metadata={"help": "Bound of the advantages."})
     baseline_shift: float = field(default=0.0, metadata={"help": "Baseline below the group's mean, in std."})
-    old_policy_refresh: str = field(default="epoch", metadata={"help": "never, stage, epoch or steps."})
+    old_policy_refresh: str = field(
+        default="epoch", metadata={"help": "When the old policy is renewed.", "choices": OLD_POLICY_REFRESH}
+    )
     old_policy_refresh_steps: int = field(default=1, metadata={"help": "Steps between refreshes with 'steps'."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus, in units of log K."})
     beta: float = field(default=0.1, metadata={"help": "Weight of the KL to the start; 0 leaves it out."})
-    kl_estimator: str = field(default="exact", metadata={"help": "exact, k1, k2 or k3."})
-    kl_direction: str = field(default="reverse", metadata={"help": "reverse or forward."})
+    kl_estimator: str = field(default="exact", metadata={"help": "How the KL is computed.", "choices": KL_ESTIMATORS})
+    kl_direction: str = field(
+        default="reverse", metadata={"help": "Which way the KL is taken.", "choices": KL_DIRECTIONS}
+    )
     adaptive_beta: bool = field(default=False, metadata={"help": "Whether β follows the KL."})
     adaptive_temperature: bool = field(default=False, metadata={"help": "Whether the policy's temperature does."})
     kl_low: float = field(default=0.01, metadata={"help": "KL (nats per step) below which β falls."})
@@ -177,6 +196,12 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
     precompute_ref_log_probs: bool = field(
         default=False, metadata={"help": "Compute the reference's log-probabilities once (estimators only)."}
     )
+    log_groups: bool = field(
+        default=False,
+        metadata={"help": "Whether to show groups while training: on the console, in a file and in the trackers."},
+    )
+    log_groups_steps: int = field(default=10, metadata={"help": "Steps between two tables of groups."})
+    num_groups_to_log: int = field(default=2, metadata={"help": "Groups of a table, with all their sequences."})
 
     def __post_init__(self):
         if self.rce_epochs < 0 or self.grpo_epochs < 0 or self.rce_epochs + self.grpo_epochs <= 0:
@@ -199,10 +224,10 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
         super().__post_init__()
         self.check_choice("loss_type", LOSS_TYPES)
         self.check_choice("importance_sampling_level", IMPORTANCE_SAMPLING_LEVELS)
-        self.check_choice("scale_rewards", ("group", "batch", "none", "rank"))
+        self.check_choice("scale_rewards", SCALE_REWARDS)
         self.check_choice("old_policy_refresh", OLD_POLICY_REFRESH)
         self.check_choice("kl_estimator", KL_ESTIMATORS)
-        self.check_choice("kl_direction", ("reverse", "forward"))
+        self.check_choice("kl_direction", KL_DIRECTIONS)
         self._check_numbers()
         if self.adaptive_beta and not self.beta:
             raise ValueError("adaptive_beta=True with beta=0: there is no KL term to weigh; set beta above 0.")
@@ -220,7 +245,7 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
         positive += ["advantage_clip", "epsilon", "epsilon_high", "sapo_temperature_pos", "sapo_temperature_neg"]
         for name in positive:
             self.check_range(name, low=0.0, above=True)
-        for name in ("curriculum_top_k", "old_policy_refresh_steps"):
+        for name in ("curriculum_top_k", "old_policy_refresh_steps", "log_groups_steps", "num_groups_to_log"):
             self.check_range(name, low=1)
         self.check_range("warmup_ratio", low=0.0, high=1.0)
         self.check_range("beta_factor", low=1.0)

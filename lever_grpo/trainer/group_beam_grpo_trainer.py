@@ -27,6 +27,7 @@ from ..objectives import (
 )
 from .callbacks import CurriculumCallback, KLBetaCallback, PolicyControl, TemperatureCallback
 from .group_beam_grpo_config import GroupBeamGRPOConfig
+from .group_table import CollatorWithCandidateIds, GroupTableCallback, group_rows
 from .reference import REFERENCE_COLUMN, CollatorWithReference, add_reference_log_probs
 from .schedules import STAGES, StagePlan, warmup_cosine
 from .selector_trainer import SelectorTrainer
@@ -132,6 +133,11 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
                 train_dataset, self._reference_log_probs, self.data_collator, args.per_device_eval_batch_size
             )
             self.data_collator = CollatorWithReference(self.data_collator)
+        self._group_table: GroupTableCallback | None = None
+        if args.log_groups:
+            self._group_table = GroupTableCallback(self)
+            self.add_callback(self._group_table)
+            self.data_collator = CollatorWithCandidateIds(self.data_collator)
 
     # ---- the objective ----
 
@@ -156,6 +162,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             rewards, self.policy_control.temperature, mask, normalize=self.args.rce_normalize
         )
         losses = rce_loss(output.log_probs, weights, output.step_mask)  # (B,)
+        self._tabulate(model, inputs, rewards, output, mask, weights=weights)
         stats = {"policy_loss": losses, "effective_beams": effective_beams(weights), **_reward_stats(rewards, mask)}
         return losses, self.live_groups(rewards, inputs), stats
 
@@ -179,22 +186,10 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             baseline_shift=args.baseline_shift,
             batch_std=self._batch_std,
         )  # (B, G)
-        losses, stats = group_policy_loss(
-            output.log_probs,
-            old_log_probs,
-            advantages,
-            step_mask,
-            beam_mask,
-            loss_type=args.loss_type,
-            importance_sampling_level=args.importance_sampling_level,
-            epsilon=args.epsilon,
-            epsilon_high=args.epsilon_high,
-            delta=args.delta,
-            sapo_temperature_pos=args.sapo_temperature_pos,
-            sapo_temperature_neg=args.sapo_temperature_neg,
-            max_length=self._max_length or None,
-            weights=compute_softmax_weights(rewards, args.loss_temperature, compared),
-        )  # (B,)
+        weights = compute_softmax_weights(rewards, args.loss_temperature, compared)  # (B, G)
+        tensors = (output.log_probs, old_log_probs, advantages, step_mask, beam_mask, weights)
+        losses, stats = self._policy_loss(*tensors)  # (B,)
+        self._tabulate(model, inputs, rewards, output, beam_mask, advantages=advantages, tensors=tensors)
         stats["policy_loss"] = losses.detach()
 
         if args.beta > 0 or args.adaptive_temperature:
@@ -217,6 +212,46 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             stats["advantage_mean"], stats["advantage_std"] = _moments(advantages, beam_mask)
         stats = {name: torch.where(live, value, torch.nan) for name, value in stats.items()}
         return losses, live, {**stats, **_reward_stats(rewards, mask)}
+
+    def _policy_loss(self, log_probs, old_log_probs, advantages, step_mask, beam_mask, weights):
+        args = self.args
+        return group_policy_loss(
+            log_probs,
+            old_log_probs,
+            advantages,
+            step_mask,
+            beam_mask,
+            loss_type=args.loss_type,
+            importance_sampling_level=args.importance_sampling_level,
+            epsilon=args.epsilon,
+            epsilon_high=args.epsilon_high,
+            delta=args.delta,
+            sapo_temperature_pos=args.sapo_temperature_pos,
+            sapo_temperature_neg=args.sapo_temperature_neg,
+            max_length=self._max_length or None,
+            weights=weights,
+        )
+
+    @torch.no_grad()
+    def _tabulate(self, model, inputs, rewards, output, counts, tensors=None, **columns):
+        """Leaves the rows of the batch for the table of groups, when one is due; `tensors` are those of the loss."""
+        if self._group_table is None or not self._group_table.due(model):
+            return
+        if tensors is not None:
+            # as a group of its own, a sequence has statistics of its own
+            alone = [x if x is None else x.flatten(0, 1).unsqueeze(1) for x in tensors]
+            stats = {name: values.view_as(rewards) for name, values in self._policy_loss(*alone)[1].items()}
+            columns["ratios"] = stats["ratio_mean"]
+            held_back = stats.get("clip_ratio/region_mean", stats.get("cispo_clip_ratio"))
+            columns["clipped"] = None if held_back is None else held_back > 0
+        self._group_table.rows = group_rows(
+            inputs,
+            self.args.num_groups_to_log,
+            rewards=rewards,
+            log_probs=output.log_probs.sum(-1),
+            counts=counts,
+            **columns,
+        )
 
     @torch.no_grad()
     def _old_log_probs(self, inputs: dict[str, Any], temperature: float) -> Tensor | None:
@@ -313,9 +348,9 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
     def refresh_old_policy(self) -> None:
         """Makes π_old the current policy."""
         current = dict(self.accelerator.unwrap_model(self.model).named_parameters())
-        for name, parameter in self.old_policy.named_parameters():
-            value = current[name]
-            parameter.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+        names, old = zip(*self.old_policy.named_parameters(), strict=True)
+        new = (current[name] for name in names)
+        torch._foreach_copy_(old, [value.full_tensor() if isinstance(value, DTensor) else value for value in new])
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.lr_scheduler is None:

@@ -31,6 +31,8 @@ class SelectorTrainingArguments(TrainingArguments):
             Whether to switch off all dropout of the model.
         kl_limit (`float`, *optional*):
             Checkpoints whose held-out KL to the start is above it are never the best. `None` for no limit.
+        resume_from_checkpoint (`str`, *optional*):
+            For the recipes and `lever-grpo train`: whether to go on from the last whole checkpoint (`"true"`).
 
     Some defaults differ from [`~transformers.TrainingArguments`]: `per_device_train_batch_size` and
     `per_device_eval_batch_size` 32 (queries), `logging_steps` 10, `eval_strategy` and `save_strategy` `"epoch"`,
@@ -58,12 +60,18 @@ class SelectorTrainingArguments(TrainingArguments):
     )
     task_reward: str | None = field(default=None, metadata={"help": "Column or preset of the task level."})
     multi_objective_aggregation: str = field(
-        default="sum_then_normalize", metadata={"help": "'sum_then_normalize' or 'normalize_then_sum'."}
+        default="sum_then_normalize", metadata={"help": "How levels are summed.", "choices": AGGREGATIONS}
     )
     disable_dropout: bool = field(default=False, metadata={"help": "Whether to switch off all dropout."})
     kl_limit: float | None = field(
         default=None,
         metadata={"help": "Checkpoints whose held-out KL is above it are never the best (nats per step)."},
+    )
+
+    # a switch; the recipes find the last whole checkpoint themselves
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Whether to go on from the last whole checkpoint.", "nargs": "?", "const": "true"},
     )
 
     # fields that may come as a JSON string from the command line

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, EvalPrediction, Trainer
+from transformers import AutoModel, EvalPrediction
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import fully_scored
+from ..hub.trainer import HubTrainer
 from ..metrics import expected_reward, rank_correlations
 from ..objectives import combine_rewards, reward_from_columns, sequence_coherence, sequence_diversity, step_entropy
 from .checkpoints import load_memory, save_memory
@@ -21,7 +22,7 @@ from .selector_config import SelectorTrainingArguments
 logger = logging.getLogger(__name__)
 
 
-class SelectorTrainer(Trainer):
+class SelectorTrainer(HubTrainer):
     """
     Base of the trainers of this package: a [`~transformers.Trainer`] whose rows are whole groups.
 
