@@ -1,14 +1,32 @@
 """
 A page in a real browser without a window: `python report_browser.py '{"page": …}'` prints what the page answered.
 
-A process of its own, as a browser brings threads that the other tests do not want. The job has `page` (a file),
-`steps` (name → JavaScript expression, evaluated in turn), `dark`, `size` and `screenshot` (a PNG, or null). The answer
-has a value for each step, what the console said, and every address that the page asked for.
+A process of its own, as a browser brings threads that the other tests do not want. The job has `page` (a file, or an
+address), `steps` (name → JavaScript expression, evaluated in turn; of a name that begins with `until`, again and again
+until it is true), `dark`, `size` and `screenshot` (a PNG, or null). The answer has a value for each step, what the
+console said, and every address that the page asked for.
 """
 
+import importlib.util
 import json
 import os
+import subprocess
 import sys
+import time
+
+
+def ask_browser(page, steps, dark=False, size=(1100, 2400), screenshot=None):
+    """What a browser answers to a job; the test is skipped where there is no browser."""
+    import pytest
+
+    if importlib.util.find_spec("PySide6") is None or importlib.util.find_spec("PySide6.QtWebEngineCore") is None:
+        pytest.skip("no browser: install the extra 'browser' (PySide6-Addons with QtWebEngine)")
+    job = {"page": str(page), "steps": steps, "dark": dark, "size": size, "screenshot": screenshot and str(screenshot)}
+    done = subprocess.run([sys.executable, __file__, json.dumps(job)], capture_output=True, text=True, timeout=120)
+    if "ImportError" in done.stderr:
+        pytest.skip(f"no browser: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(job):
@@ -49,13 +67,20 @@ def main(job):
     view.setPage(page)
     view.resize(*job["size"])
     view.show()
-    page.load(QUrl.fromLocalFile(job["page"]))
+    page.load(QUrl(job["page"]) if "://" in job["page"] else QUrl.fromLocalFile(job["page"]))
     (loaded,) = wait(page.loadFinished.connect)
     if not loaded:
         raise OSError(f"{job['page']} did not load")
     for name, script in job["steps"].items():
-        (text,) = wait(lambda done, script=script: page.runJavaScript(f"JSON.stringify({script})", 0, done))
-        answer["steps"][name] = json.loads(text) if text else None
+        deadline = time.monotonic() + 60
+        while True:
+            (text,) = wait(lambda done, script=script: page.runJavaScript(f"JSON.stringify({script})", 0, done))
+            answer["steps"][name] = json.loads(text) if text else None
+            if not name.startswith("until") or answer["steps"][name]:
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{name}: still {text} after a minute; the console said {answer['console']}")
+            wait(lambda done: QTimer.singleShot(100, done))
     if job["screenshot"]:
         wait(lambda done: QTimer.singleShot(400, done))  # the picture follows the page by some frames
         if not view.grab().save(job["screenshot"]):

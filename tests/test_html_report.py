@@ -1,17 +1,15 @@
 """The HTML page of an evaluation: as text, and in a browser where there is one."""
 
 import base64
-import importlib.util
 import io
 import json
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
+from report_browser import ask_browser
 
 from lever_grpo.report import MethodResult, build_report, write_html
 from lever_grpo.report.plots import _spread, plot_gains, plot_shots
@@ -278,17 +276,9 @@ def test_labels_are_spread():
 # The page in a browser
 
 
-def browse(page, steps, dark=False, size=(1100, 2400), screenshot=None):
+def browse(page, steps, **options):
     """What the page answers to the steps, with nothing on the console and nothing asked for beside itself."""
-    if importlib.util.find_spec("PySide6") is None or importlib.util.find_spec("PySide6.QtWebEngineCore") is None:
-        pytest.skip("no browser: install the extra 'browser' (PySide6-Addons with QtWebEngine)")
-    job = {"page": str(page), "steps": steps, "dark": dark, "size": size, "screenshot": screenshot and str(screenshot)}
-    program = [sys.executable, str(Path(__file__).with_name("report_browser.py")), json.dumps(job)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
-    if "ImportError" in done.stderr:
-        pytest.skip(f"no browser: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
+    answer = ask_browser(page, steps, **options)
     assert answer["console"] == []
     assert {url.partition(":")[0] for url in answer["requests"]} <= {"file", "data"}
     assert len([url for url in answer["requests"] if url.startswith("file")]) == 1

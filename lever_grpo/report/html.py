@@ -212,7 +212,7 @@ def _gallery(queries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         # what the filter offers first: does the last trained method answer what similarity does not?
         "compared": [_preferred(methods, "grpo", "rce", "sft"), _preferred(methods, "similarity", "random")],
         "judged": any(pick and pick[2] is not None for row in rows for column in row["picks"] for pick in column),
-        "images": [_image_uri(image) for image in images],
+        "images": [image_uri(image) for image in images],
         "demonstrations": list(demonstrations),
         "queries": rows,
     }
@@ -224,7 +224,7 @@ def _preferred(methods: Sequence[str], *names: str) -> int:
     return next((methods.index(name) for name in names if name in methods), 0)
 
 
-def _image_uri(image: Image) -> str:
+def image_uri(image: Image) -> str:
     """The image as a data URI, small where Pillow is there to make it so."""
     content = image if isinstance(image, bytes) else Path(image).read_bytes()
     try:
@@ -236,7 +236,7 @@ def _image_uri(image: Image) -> str:
         try:
             with PillowImage.open(io.BytesIO(content)) as picture:
                 small = ImageOps.exif_transpose(picture).convert("RGBA")
-        except OSError as error:
+        except (OSError, SyntaxError, PillowImage.DecompressionBombError) as error:  # Pillow's, of some broken PNGs
             name = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(os.fspath(image))
             raise ValueError(f"image {name} cannot be read ({error}); give a whole image file, or None.") from error
         small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))

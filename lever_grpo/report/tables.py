@@ -86,16 +86,16 @@ def to_markdown(report: Mapping[str, Any], images: Sequence[str] = ()) -> str:
 
     ```
     """
-    parts = [f"# {report['title']}", describe(report)]
+    parts = [f"# {_as_text(report['title'])}", _as_text(describe(report))]
     captions = {
         "gains.png": "Mean held-out reward and paired differences, with intervals",
         "curves.png": "Training curves, stages shaded",
     }
     parts += [f"## {table.title}\n\n{_markdown_table(table)}" for table in report_tables(report)]
-    parts += ["\n".join(f"* {note}" for note in report["notes"])] if report["notes"] else []
+    parts += ["\n".join(f"* {_as_text(note)}" for note in report["notes"])] if report["notes"] else []
     parts += [f"![{captions.get(name, name)}]({name})" for name in images]
     parts += [f"## {table.title}\n\n{_markdown_table(table)}" for table in section_tables(report)]
-    parts += [f"## {heading}\n\n{text}" for heading, text in report["sections"].items() if isinstance(text, str)]
+    parts += [f"## {h}\n\n{_as_text(text)}" for h, text in report["sections"].items() if isinstance(text, str)]
     if report["settings"]:
         parts.append(f"## Settings\n\n```json\n{json.dumps(report['settings'], indent=2, ensure_ascii=False)}\n```")
     return "\n\n".join(parts) + "\n"
@@ -255,8 +255,15 @@ def _cell_style(cell: str) -> str:
     return {"above 0": "green", "below 0": "red"}.get(cell, "")
 
 
+def _as_text(text: str) -> str:
+    """The same without HTML, which Markdown lets through: names of files and of columns may hold some."""
+    return text.replace("<", "&lt;")
+
+
 def _markdown_table(table: Table) -> str:
-    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (table.columns, *table.rows)]
+    rows = [
+        [_as_text(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (table.columns, *table.rows)
+    ]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     marks = ["---", *("---:" for _ in table.columns[1:])]
     return "\n".join([lines[0], f"| {' | '.join(marks)} |", *lines[1:]])
