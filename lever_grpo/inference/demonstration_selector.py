@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 from ..atomic import atomic_file
 from ..data import EmbeddingStore, Example, to_prompt_order
 from ..models import SelectorModel, load_selector
-from ..search import sample_pools
 from ..search.features import ENCODERS_FILE, MAPS_FILE, FeatureEncoder, FeatureMap, load_encoders
+from ..search.samplers import PoolSampler
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,14 @@ class Selection:
             In prompt order: the last one stands next to the query.
         log_prob (`float`):
             Log-probability of the sequence under the selector, in nats.
+        pool (`tuple[Example, ...]`):
+            The candidates that were picked from, nearest first unless they were drawn or are all there are.
     """
 
     query: Example
     demonstrations: tuple[Example, ...]
     log_prob: float
+    pool: tuple[Example, ...] = ()
 
 
 class DemonstrationSelector:
@@ -85,8 +87,8 @@ class DemonstrationSelector:
         self.encoders, self.maps = dict(encoders or {}), dict(maps or {})
         self.construct_order = construct_order
         self.candidates: list[Example] = []
-        self._candidate_embeds = torch.empty(0)
         self._store: EmbeddingStore | None = None
+        self._samplers: dict[tuple[str, ...], PoolSampler] = {}
 
     @classmethod
     def from_pretrained(
@@ -117,9 +119,11 @@ class DemonstrationSelector:
             folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=names))
         return cls(selector.to(device) if device else selector, *load_encoders(folder), construct_order)
 
+    @torch.inference_mode()
     def set_candidates(self, candidates: Sequence[Example], embeddings: EmbeddingStore | None = None) -> None:
         """
-        Embeds the candidates, once.
+        Embeds the candidates, and computes what the selector makes of them alone. To be called again if the selector's
+        weights change.
 
         Args:
             candidates (`list[Example]`):
@@ -135,12 +139,11 @@ class DemonstrationSelector:
         store = self._embedded(candidates, self.selector.config.candidate_features, embeddings)
         everything = np.arange(len(candidates))
         found = store.gather(everything, list(self.selector.config.candidate_features))
-        self._candidate_embeds = torch.from_numpy(found).to(self.selector.device)
-        self.candidates, self._store = list(candidates), store
+        self._encoding = self.selector.encode_candidates(torch.from_numpy(found).to(self.selector.device))
+        self.candidates, self._store, self._samplers = list(candidates), store, {}
         # a query that is a candidate too, or about the same thing as some, must not see these
         self._known = {(row.id, row.question): i for i, row in enumerate(candidates)}
         self._entities = {i: row.entity for i, row in enumerate(candidates) if row.entity is not None}
-        self._about = Counter(self._entities.values())
 
     @torch.inference_mode()
     def select(
@@ -191,25 +194,24 @@ class DemonstrationSelector:
         store = self._embedded(queries, config.query_features, embeddings)
         embeds = torch.from_numpy(store.gather(np.arange(len(queries)), list(config.query_features)))
         pools = self._pools(queries, store, pool_size, sampler, ratios, seed)
-        sizes = torch.tensor([len(pool) for pool in pools])
-        indices = torch.nn.utils.rnn.pad_sequence([torch.tensor(pool) for pool in pools], batch_first=True)
-        mask = torch.arange(indices.shape[1]) < sizes[:, None]
         picked: list[Selection] = []
         device = self.selector.device
         for start in range(0, len(queries), batch_size):
             part = slice(start, start + batch_size)
+            # the pools of a call are of one size; their candidates go to the selector once each
+            used, indices = torch.tensor(pools[part], device=device).unique(return_inverse=True)
             chosen: Any = self.selector.select(
                 embeds[part].to(device),
-                self._candidate_embeds,
-                candidate_mask=mask[part].to(device),
-                candidate_indices=indices[part].to(device),
+                self._encoding.rows(used),
+                candidate_indices=indices,
                 num_shots=num_shots,
                 num_beams=num_beams,
             )
             rows = zip(queries[part], pools[part], chosen.sequences[:, 0].tolist(), chosen.scores[:, 0], strict=True)
             for query, pool, sequence, score in rows:
                 order = to_prompt_order([pool[i] for i in sequence if i >= 0], self.construct_order)
-                picked.append(Selection(query, tuple(self.candidates[i] for i in order), float(score)))
+                shown, among = tuple(self.candidates[i] for i in order), tuple(self.candidates[i] for i in pool)
+                picked.append(Selection(query, shown, float(score), among))
         return picked
 
     def _embedded(
@@ -223,7 +225,7 @@ class DemonstrationSelector:
                     f"the selector sees {', '.join(unknown)}, and its checkpoint does not say how these are made of "
                     f"rows ({ENCODERS_FILE}); give embeddings."
                 )
-            embeddings = EmbeddingStore({name: self._encode(name, rows) for name in widths})
+            embeddings = EmbeddingStore({name: self.encode(name, rows) for name in widths})
         found = {name: embeddings.widths.get(name) for name in widths}
         if found != dict(widths) or len(embeddings) != len(rows):
             raise ValueError(
@@ -232,7 +234,8 @@ class DemonstrationSelector:
             )
         return embeddings
 
-    def _encode(self, name: str, rows: Sequence[Example]) -> NDArray[np.float32]:
+    def encode(self, name: str, rows: Sequence[Example]) -> NDArray[np.float32]:
+        """A feature of rows, (N, width), by the encoder that the selector came with."""
         raw = self.encoders[name](rows, self.selector.device)
         return (self.maps[name](raw) if name in self.maps else raw[:, 0]).astype(np.float32)
 
@@ -247,32 +250,27 @@ class DemonstrationSelector:
     ) -> list[list[int]]:
         """Candidates of each query, as positions among them."""
         assert self._store is not None
-        shared = [name for name in store.names if self._store.widths.get(name) == store.widths[name]]
-
-        def table(name: str, others: list[str]) -> NDArray[np.float32] | None:
-            names = [name] if name in shared else others
-            if not names:
-                return None
-            sides = [np.concatenate([side[n] for n in names], axis=1) for side in (self._store, store)]  # type: ignore[index]
-            return np.concatenate(sides, dtype=np.float32)
-
+        shared = tuple(name for name in store.names if self._store.widths.get(name) == store.widths[name])
         first = len(self.candidates)
+        if shared not in self._samplers:
+            rows = _retrieved_by(self._store, shared)
+            self._samplers[shared] = PoolSampler(range(first), entities=self._entities, **rows)
+        candidates = self._samplers[shared]
         ids = [self._known.get((query.id, query.question), first + i) for i, query in enumerate(queries)]
-        asked = {i: query.entity for i, query in zip(ids, queries, strict=True) if query.entity is not None}
-        hidden = max(max(self._about[asked.get(i, self._entities.get(i, ""))], int(i < first)) for i in ids)
+        entities = {i: query.entity for i, query in zip(ids, queries, strict=True) if query.entity is not None}
+        hidden = max(len(out) for out in candidates.left_out(ids, entities))
         if not hidden and pool_size >= first:  # all of them: nothing to retrieve
             return [list(range(first))] * len(queries)
-        return sample_pools(
-            sampler,
-            ids,
-            range(first),
-            min(pool_size, max(first - hidden, 1)),
-            seed=seed,
-            text=table("question", [name for name in shared if name != "image"]),
-            image=table("image", []),
-            ratios=ratios,
-            entities=self._entities | asked,
-        )
+        size = min(pool_size, max(first - hidden, 1))
+        rows = _retrieved_by(store, shared)
+        return candidates.pools(sampler, ids, size, seed=seed, ratios=ratios, entities=entities, **rows)
+
+
+def _retrieved_by(store: EmbeddingStore, shared: Sequence[str]) -> dict[str, Any]:
+    """Rows (N, width) by which pools are retrieved."""
+    text = ["question"] if "question" in shared else [name for name in shared if name != "image"]
+    sides = {"text": text, "image": [name for name in shared if name == "image"]}
+    return {side: store.gather(np.arange(len(store)), names) if names else None for side, names in sides.items()}
 
 
 def write_selections(selections: Sequence[Selection], path: str | Path) -> None:

@@ -54,10 +54,37 @@ def load_selector(path: str | Path, **kwargs: Any) -> SelectorModel:
         **kwargs:
             Passed to `from_pretrained`.
 
+    Code of a checkpoint is never run: it comes from safetensors, without modules of its own or kernels of the Hub.
+
     Raises:
-        ValueError: if the checkpoint is of another kind of model.
+        OSError: if there is no such checkpoint, or its `config.json` is no JSON.
+        ValueError: if the checkpoint is of another kind of model or damaged, or weights are missing or not finite.
     """
-    config = AutoConfig.from_pretrained(path, **kwargs)
-    if not isinstance(config, SelectorConfig):
-        raise ValueError(f"{path}: model_type={config.model_type!r} is no selector; give a checkpoint of a selector.")
-    return AutoModel.from_pretrained(path, config=config, **kwargs)
+    kwargs = {"use_safetensors": True, **kwargs, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(path, **kwargs)
+        if not isinstance(config, SelectorConfig):
+            raise ValueError(f"model_type={config.model_type!r} is no selector; give a checkpoint of a selector.")
+        if "/" in str(config._attn_implementation):  # a repository of kernels, which are code
+            raise ValueError(
+                f"attn_implementation={config._attn_implementation!r} is code of the Hub; take it out of config.json."
+            )
+        selector, found = AutoModel.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    except (OSError, ImportError):
+        raise
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # of a damaged one, any: TypeError, RuntimeError, SafetensorError …
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} is no selector, or a damaged one ({type(error).__name__}: {reason}); copy it again."
+        ) from error
+    if found["missing_keys"]:
+        raise ValueError(
+            f"{path}: its weights lack {sorted(found['missing_keys'])[:5]}, which config.json asks for; do the two "
+            "files belong together?"
+        )
+    broken = [name for name, weights in selector.named_parameters() if not weights.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path}: the weights {broken[:5]} hold NaN or infinity; take an earlier checkpoint.")
+    return selector

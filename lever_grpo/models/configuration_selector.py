@@ -6,6 +6,10 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 
+MAX_SIZE = 1_000_000  # of any width or number in a configuration, which may come from elsewhere
+MAX_LAYERS = 256
+
+
 class SelectorConfig(PreTrainedConfig):
     r"""
     Configuration of a [`SelectorModel`]: what selectors of every kind have in common.
@@ -103,6 +107,9 @@ class SelectorConfig(PreTrainedConfig):
     def _check(self) -> None:
         for name, lowest in (("hidden_dim", 1), ("max_shots", 1), ("prior_rank", 0)):
             self._at_least(name, lowest)
+        for name in ("num_layers", "num_set_layers"):
+            if getattr(self, name, 0) > MAX_LAYERS:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at most {MAX_LAYERS}.")
         for name in ("dropout", "prior_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be in [0, 1).")
@@ -110,8 +117,8 @@ class SelectorConfig(PreTrainedConfig):
             raise ValueError(f"prior_scale={self.prior_scale}: must be above 0; its logarithm is what is learned.")
         for side in ("query_features", "candidate_features"):
             for name, width in getattr(self, side).items():
-                if width < 1:
-                    raise ValueError(f"{side}[{name!r}]={width}: a width is at least 1.")
+                if not isinstance(width, int) or width < 1:
+                    raise ValueError(f"{side}[{name!r}]={width!r}: a width is at least 1, a whole number.")
                 if ":" in name or "." in name:
                     raise ValueError(f"{side} has the name {name!r}: names hold neither ':' nor '.'; rename it.")
         if not self.similarity_prior:
@@ -131,8 +138,9 @@ class SelectorConfig(PreTrainedConfig):
                 )
 
     def _at_least(self, name: str, lowest: int) -> None:
-        if getattr(self, name) < lowest:
-            raise ValueError(f"{name}={getattr(self, name)}: must be at least {lowest}.")
+        value = getattr(self, name)
+        if not isinstance(value, int) or not lowest <= value <= MAX_SIZE:
+            raise ValueError(f"{name}={value!r}: must be at least {lowest}, a whole number, at most {MAX_SIZE:,}.")
 
     def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:

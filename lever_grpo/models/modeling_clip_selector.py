@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModel
 
 from .configuration_clip_selector import ClipSelectorConfig
 from .modeling_pointer_selector import PointerSelector
-from .modeling_selector import SelectionOutput, SelectorOutput
+from .modeling_selector import CandidateEncoding, SelectionOutput, SelectorOutput
 
 
 class ClipSelector(PointerSelector):
@@ -178,9 +178,11 @@ class ClipSelector(PointerSelector):
                 f"{len(modalities)} columns, for {modalities}; give the collator the modalities of the selector."
             )
 
-    def _embeds(self, query: Tensor, candidates: Tensor, items: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+    def _embeds(
+        self, query: Tensor, candidates: Tensor | CandidateEncoding, items: dict[str, Tensor | None]
+    ) -> tuple[Tensor, Tensor | CandidateEncoding]:
         """Embeddings of queries and candidates, of one pass of the encoders."""
-        if query.is_floating_point():
+        if query.is_floating_point() or isinstance(candidates, CandidateEncoding):
             return query, candidates
         for numbers in (query, candidates):
             self._check_numbers(numbers)
@@ -191,7 +193,7 @@ class ClipSelector(PointerSelector):
     def forward(
         self,
         query_embeds: Tensor,
-        candidate_embeds: Tensor,
+        candidate_embeds: Tensor | CandidateEncoding,
         *args: Any,
         pixel_values: Tensor | None = None,
         input_ids: Tensor | None = None,
@@ -218,7 +220,7 @@ class ClipSelector(PointerSelector):
     def select(
         self,
         query_embeds: Tensor,
-        candidate_embeds: Tensor,
+        candidate_embeds: Tensor | CandidateEncoding,
         *args: Any,
         pixel_values: Tensor | None = None,
         input_ids: Tensor | None = None,

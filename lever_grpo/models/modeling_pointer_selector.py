@@ -9,7 +9,7 @@ from transformers import initialization as init
 from .configuration_pointer_selector import PointerSelectorConfig
 from .decoder_terms import TERMS, DecoderTerm
 from .layers import AttentionLayer, PointerScore, StateUpdate
-from .modeling_selector import PoolEncoding, Pools, SelectorModel
+from .modeling_selector import CandidateEncoding, PoolEncoding, Pools, SelectorModel
 
 
 @dataclass
@@ -90,13 +90,19 @@ class PointerSelector(SelectorModel):
         elif isinstance(module, DecoderTerm):
             module.reset_parameters()
 
+    def encode_candidates(self, candidate_embeds: torch.Tensor) -> CandidateEncoding:
+        encoding = super().encode_candidates(candidate_embeds)
+        if self.pointer is not None:
+            encoding.hidden = self.candidate_norm(self.candidate_proj(encoding.embeds))
+        return encoding
+
     def encode(self, query_embeds, candidate_embeds, candidate_mask=None, candidate_indices=None) -> PointerEncoding:
         pools = self.check_inputs(query_embeds, candidate_embeds, candidate_mask, candidate_indices)
         available = pools.mask.unsqueeze(1)
-        if self.pointer is None:
+        if pools.candidates.hidden is None:
             nothing = pools.query_embeds.new_zeros(*pools.mask.shape, 0)
             return PointerEncoding(nothing[:, :1], available, pools.prior, nothing)
-        candidates = pools.gather(self.candidate_norm(self.candidate_proj(pools.candidate_embeds)))  # (B, K, H)
+        candidates = pools.gather(pools.candidates.hidden)  # (B, K, H)
         state = self.query_norm(self.query_proj(pools.query_embeds)).unsqueeze(1)  # (B, 1, H)
         if self.set_layers:
             candidates = candidates + state

@@ -55,15 +55,37 @@ class SelectionOutput(ModelOutput):
 
 
 @dataclass
+class CandidateEncoding:
+    """What depends on candidates alone, (B, K, …) of pools or (U, …) of shared candidates."""
+
+    embeds: torch.Tensor  # (…, D_c) in the selector's dtype
+    vectors: dict[str, torch.Tensor]  # (…, D) what the prior compares, by feature
+    hidden: torch.Tensor | None = None  # (…, H) where a kind of selector computes it
+
+    def rows(self, index: torch.Tensor) -> "CandidateEncoding":
+        """Some of the shared candidates."""
+        return CandidateEncoding(
+            self.embeds[index],
+            {name: vectors[index] for name, vectors in self.vectors.items()},
+            None if self.hidden is None else self.hidden[index],
+        )
+
+
+@dataclass
 class Pools:
     """Checked inputs of a selector."""
 
     query_embeds: torch.Tensor  # (B, D_q)
-    candidate_embeds: torch.Tensor  # (B, K, D_c) or (U, D_c)
+    candidates: CandidateEncoding
     indices: torch.Tensor | None  # (B, K) rows of the shared candidates
     mask: torch.Tensor  # (B, K) bool
     attendable: torch.Tensor  # (B, K) bool, at least one candidate each
     prior: PriorEncoding | None
+
+    @property
+    def candidate_embeds(self) -> torch.Tensor:
+        """(B, K, D_c) or (U, D_c)."""
+        return self.candidates.embeds
 
     def gather(self, encoded: torch.Tensor) -> torch.Tensor:
         """(B, K, H) of candidates that were encoded once each, (U, H) or (B, K, H)."""
@@ -103,10 +125,22 @@ class SelectorModel(PreTrainedModel):
 
     # ---- what a kind of selector defines ----
 
+    def encode_candidates(self, candidate_embeds: torch.Tensor) -> CandidateEncoding:
+        """
+        What a selector computes of candidates alone. That of shared candidates can be kept, and given in their place
+        as long as the weights stay the same.
+
+        Args:
+            candidate_embeds (`torch.Tensor` of shape `(B, K, D_c)` or `(U, D_c)`):
+                As in [`~SelectorModel.forward`].
+        """
+        embeds = candidate_embeds.to(self.dtype)
+        return CandidateEncoding(embeds, {} if self.prior is None else self.prior.candidate_vectors(embeds))
+
     def encode(
         self,
         query_embeds: torch.Tensor,
-        candidate_embeds: torch.Tensor,
+        candidate_embeds: torch.Tensor | CandidateEncoding,
         candidate_mask: torch.Tensor | None = None,
         candidate_indices: torch.Tensor | None = None,
     ) -> PoolEncoding:
@@ -147,31 +181,35 @@ class SelectorModel(PreTrainedModel):
     def check_inputs(
         self,
         query_embeds: torch.Tensor,
-        candidate_embeds: torch.Tensor,
+        candidate_embeds: torch.Tensor | CandidateEncoding,
         candidate_mask: torch.Tensor | None,
         candidate_indices: torch.Tensor | None,
     ) -> Pools:
         """Inputs in one form, with the prior's part; raises `ValueError` where they do not fit each other."""
         batch = query_embeds.shape[0]
-        check_pools(self.config, query_embeds, candidate_embeds, candidate_mask, candidate_indices)
-        if candidate_embeds.dim() == 2 and candidate_indices is None:
-            candidate_indices = torch.arange(candidate_embeds.shape[0], device=candidate_embeds.device)
+        given = candidate_embeds
+        embeds = given.embeds if isinstance(given, CandidateEncoding) else given
+        check_pools(self.config, query_embeds, embeds, candidate_mask, candidate_indices)
+        if embeds.dim() == 2 and candidate_indices is None:
+            candidate_indices = torch.arange(embeds.shape[0], device=embeds.device)
             candidate_indices = candidate_indices.expand(batch, -1)
 
-        query_embeds, candidate_embeds = query_embeds.to(self.dtype), candidate_embeds.to(self.dtype)
-        if candidate_embeds.dim() == 3 and candidate_mask is not None:
+        query_embeds = query_embeds.to(self.dtype)
+        if embeds.dim() == 3 and candidate_mask is not None:
             # a masked value that overflows would still reach the weights' gradient, as 0 · inf
-            candidate_embeds = candidate_embeds.masked_fill(~candidate_mask.bool().unsqueeze(-1), 0.0)
+            embeds = embeds.masked_fill(~candidate_mask.bool().unsqueeze(-1), 0.0)
         if candidate_mask is None:
-            pool = candidate_embeds.shape[1] if candidate_indices is None else candidate_indices.shape[1]
-            candidate_mask = query_embeds.new_ones(batch, pool)
+            pool = embeds.shape[1] if candidate_indices is None else candidate_indices.shape[1]
+            candidate_mask = query_embeds.new_ones(batch, pool, dtype=torch.bool)
         mask = candidate_mask.bool()
         # a query without candidates (padding of a batch) attends to anything: its steps are masked by the caller
         attendable = mask | ~mask.any(-1, keepdim=True)
+        asked = None if self.prior is None else self.prior.query_vectors(query_embeds)
+        candidates = given if isinstance(given, CandidateEncoding) else self.encode_candidates(embeds)
         prior = None
-        if self.prior is not None:
-            prior = self.prior.encode(query_embeds, candidate_embeds, attendable, candidate_indices)
-        return Pools(query_embeds, candidate_embeds, candidate_indices, mask, attendable, prior)
+        if self.prior is not None and asked is not None:
+            prior = self.prior.encode(asked, candidates.vectors, attendable, candidate_indices)
+        return Pools(query_embeds, candidates, candidate_indices, mask, attendable, prior)
 
     def _step_log_probs(
         self,
@@ -187,7 +225,7 @@ class SelectorModel(PreTrainedModel):
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         # where nothing is left (padded steps) the distribution is that of the whole pool: finite, and masked later
         left = available.any(-1, keepdim=True)
-        log_probs = torch.log_softmax((logits / temperature).masked_fill(~(available | ~left), -math.inf), dim=-1)
+        log_probs = torch.log_softmax((logits / temperature).masked_fill(~available & left, -math.inf), dim=-1)
         if self.stop_head is None:
             return log_probs
         if not (may_stop and picks.shape[-1]):  # one demonstration at least
@@ -199,7 +237,7 @@ class SelectorModel(PreTrainedModel):
     def forward(
         self,
         query_embeds: torch.Tensor,
-        candidate_embeds: torch.Tensor,
+        candidate_embeds: torch.Tensor | CandidateEncoding,
         candidate_mask: torch.Tensor | None = None,
         sequences: torch.Tensor | None = None,
         sequence_mask: torch.Tensor | None = None,
@@ -215,7 +253,8 @@ class SelectorModel(PreTrainedModel):
             query_embeds (`torch.Tensor` of shape `(B, D_q)`):
                 Query embeddings, the features of `config.query_features` side by side.
             candidate_embeds (`torch.Tensor` of shape `(B, K, D_c)` or `(U, D_c)`):
-                Embeddings of each query's pool, or of U candidates that the queries share.
+                Embeddings of each query's pool, or of U candidates that the queries share. What
+                [`~SelectorModel.encode_candidates`] makes of them will do too.
             candidate_mask (`torch.Tensor` of shape `(B, K)`, *optional*):
                 False where a pool is padded.
             sequences (`torch.Tensor` of shape `(B, G, S)`):
@@ -288,7 +327,7 @@ class SelectorModel(PreTrainedModel):
     def select(
         self,
         query_embeds: torch.Tensor,
-        candidate_embeds: torch.Tensor,
+        candidate_embeds: torch.Tensor | CandidateEncoding,
         candidate_mask: torch.Tensor | None = None,
         num_shots: int = 2,
         candidate_indices: torch.Tensor | None = None,
@@ -374,22 +413,23 @@ class SelectorModel(PreTrainedModel):
             else:
                 total = (scores.unsqueeze(-1) + distribution).flatten(1)  # (B, R * A)
                 scores, best = total.topk(min(width, total.shape[1]), dim=-1)
-                scores = F.pad(scores, (0, width - scores.shape[1]), value=-math.inf)
-                best = F.pad(best, (0, width - best.shape[1]))
-                parent, pick = best // actions, best % actions
-                state, available, sequences, ended = (
-                    x.take_along_dim(_like(parent, x), 1) for x in (state, available, sequences, ended)
-                )
+                pick = best
+                if width > 1:  # of one beam there is nothing to pad or to reorder
+                    scores = F.pad(scores, (0, width - scores.shape[1]), value=-math.inf)
+                    best = F.pad(best, (0, width - best.shape[1]))
+                    parent, pick = best // actions, best % actions
+                    state, available, sequences, ended = (
+                        x.take_along_dim(_like(parent, x), 1) for x in (state, available, sequences, ended)
+                    )
             ended = ended | (pick == pool)
             sequences = torch.cat([sequences, pick.masked_fill(ended, -1).unsqueeze(-1)], dim=-1)
             if step + 1 < num_shots:
                 pick = pick.masked_fill(ended, 0)
                 state, available = self.advance(encoding, state, pick), _without(available, pick)
-        order = scores.argsort(dim=-1, descending=True, stable=True)[:, :returned]
-        return SelectionOutput(
-            sequences=sequences.gather(1, order.unsqueeze(-1).expand(-1, -1, num_shots)),
-            scores=scores.gather(1, order),
-        )
+        if do_sample:  # what a search found is sorted
+            scores, order = scores.sort(dim=-1, descending=True, stable=True)
+            sequences = sequences.gather(1, order.unsqueeze(-1).expand(-1, -1, num_shots))
+        return SelectionOutput(sequences=sequences[:, :returned], scores=scores[:, :returned])
 
 
 def _decide_to_stop(distribution: torch.Tensor, ended: torch.Tensor, greedy: bool) -> torch.Tensor:

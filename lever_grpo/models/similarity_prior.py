@@ -91,39 +91,39 @@ class SimilarityPrior(nn.Module):
         init.zeros_(self.log_sharpness)
         init.zeros_(self.redundancy)
 
-    def _features(
-        self, query_embeds: torch.Tensor, candidate_embeds: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Unit vectors of each feature under the learned metric, for both sides."""
+    def query_vectors(self, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Unit vectors of each of the queries' features under the learned metric."""
+        return self._vectors(embeds, self.query_widths, self.query_metric)
 
-        def of_side(embeds: torch.Tensor, widths: dict[str, int], metrics: nn.ModuleDict) -> dict[str, torch.Tensor]:
+    def candidate_vectors(self, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Unit vectors of each of the candidates' features under the learned metric."""
+        return self._vectors(embeds, self.candidate_widths, self.candidate_metric)
+
+    def _vectors(
+        self, embeds: torch.Tensor, widths: dict[str, int], metrics: nn.ModuleDict
+    ) -> dict[str, torch.Tensor]:
+        # in full precision whatever autocast says: with 8 bits, logits of 20 · cosine tie and rank falsely
+        with torch.autocast(embeds.device.type, enabled=False):
             parts = dict(zip(widths, embeds.split(list(widths.values()), dim=-1), strict=True))
             return {name: metric(parts[name]) for name, metric in metrics.items()}
-
-        return (
-            of_side(query_embeds, self.query_widths, self.query_metric),
-            of_side(candidate_embeds, self.candidate_widths, self.candidate_metric),
-        )
 
     def pair_logits(self, query_embeds: torch.Tensor, candidate_embeds: torch.Tensor) -> torch.Tensor:
         """
         Logits of every candidate (M, D_c) for every query (N, D_q) by their cosines alone, without what depends on a
         pool: (2, N, M), the first pick and the later ones.
         """
-        query, candidates = self._features(query_embeds, candidate_embeds)
+        query, candidates = self.query_vectors(query_embeds), self.candidate_vectors(candidate_embeds)
         cosines = torch.stack([query[q] @ candidates[c].T for q, c in self.pairs], dim=-1)  # (N, M, P)
         return (GAIN * cosines @ self.mix.T * self.log_scale.exp()).permute(2, 0, 1)
 
     def encode(
         self,
-        query_embeds: torch.Tensor,  # (B, D_q)
-        candidate_embeds: torch.Tensor,  # (B, K, D_c) or (U, D_c)
+        query: dict[str, torch.Tensor],  # of `query_vectors`, (B, D)
+        candidates: dict[str, torch.Tensor],  # of `candidate_vectors`, (B, K, D) or (U, D)
         candidate_mask: torch.Tensor,  # (B, K), at least one candidate each
         candidate_indices: torch.Tensor | None,  # (B, K)
     ) -> PriorEncoding:
-        # in full precision whatever autocast says: with 8 bits, logits of 20 · cosine tie and rank falsely
-        with torch.autocast(query_embeds.device.type, enabled=False):
-            query, candidates = self._features(query_embeds, candidate_embeds)
+        with torch.autocast(candidate_mask.device.type, enabled=False):  # as above
             if candidate_indices is not None:
                 candidates = {name: x[candidate_indices] for name, x in candidates.items()}  # (B, K, D)
             cosines = torch.stack(

@@ -82,7 +82,7 @@ def encode_texts(
         found = f"{len(blank)} of {len(texts)} that are, at {blank[:5]}" if blank else "no text"
         raise ValueError(f"expected texts that are not blank, found {found}")
     name = str(default_text_encoder() if model is None else model)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     network, device = _load(name, revision, device)
     if max_length is None:
         config = getattr(network.config, "text_config", network.config)
@@ -208,7 +208,9 @@ def _package_folder(name: str, kind: str) -> Path:
 
 def _load(name: str, revision: str | None, device: str | torch.device | None) -> tuple[Any, torch.device]:
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32, use_safetensors=True)
+    network = AutoModel.from_pretrained(
+        name, revision=revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
     return network.eval().to(place), place
 
 
@@ -232,7 +234,7 @@ def _model_features(
     name: str, revision: str | None, device: str | torch.device | None
 ) -> Callable[[list[Any]], torch.Tensor]:
     # pictures resize differently in torchvision; embeddings must not depend on whether that is installed
-    processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil", trust_remote_code=False)
     network, place = _load(name, revision, device)
 
     def features(pictures: list[Any]) -> torch.Tensor:

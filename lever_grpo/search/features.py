@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..atomic import atomic_file
@@ -137,7 +139,7 @@ class FeatureEncoder:
             return encode_images([row.image for row in rows], self.model, revision=self.revision, device=device)[
                 :, None
             ]
-        texts = [self.template.replace("{question}", row.question).replace("{answer}", row.answers[0]) for row in rows]
+        texts = [_filled(self.template, row) for row in rows]
         if self.kind == "text":
             return encode_texts(texts, self.model, revision=self.revision, device=device)[:, None]
         assert self.layers is not None
@@ -145,6 +147,12 @@ class FeatureEncoder:
         return encode_hidden_states(
             texts, self.layers, model, gguf_file=gguf_file, revision=self.revision, device=device
         )
+
+
+def _filled(template: str, row: Example) -> str:
+    # both at once: a question may hold the text "{answer}"
+    values = {"question": row.question, "answer": row.answers[0]}
+    return re.sub(r"\{(question|answer)\}", lambda found: values[found[1]], template)
 
 
 def encode_hidden_states(
@@ -232,12 +240,15 @@ def load_encoders(folder: str | Path) -> tuple[dict[str, FeatureEncoder], dict[s
                 raise ValueError(f"{name!r} has the unknown keys {sorted(unknown)}")
             layers = about.get("layers")
             encoders[name] = FeatureEncoder(**{**about, "layers": None if layers is None else tuple(layers)})
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: expected encoders by name of the embedding; {error}.") from error
-    stored = load_file(tensors) if tensors.exists() else {}
-    mapped = {name.rpartition(".")[0] for name in stored}
-    maps = {
-        name: FeatureMap(stored[f"{name}.shift"], stored[f"{name}.scale"], stored.get(f"{name}.directions"))
-        for name in mapped
-    }
+    try:
+        stored = load_file(tensors) if tensors.exists() else {}
+        mapped = {name.rpartition(".")[0] for name in stored}
+        maps = {
+            name: FeatureMap(stored[f"{name}.shift"], stored[f"{name}.scale"], stored.get(f"{name}.directions"))
+            for name in mapped
+        }
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{tensors}: expected shift and scale of each map, found {error}.") from error
     return encoders, maps

@@ -12,6 +12,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 METHODS = ("random", "text_sim", "image_sim")
 EXACT_LIMIT = 100_000  # candidates
 _BLOCK = 1 << 24  # similarities at a time: 64 MB
+_NOBODY = np.empty(0, np.int64)
 _VERSION = 1  # of the pools that stand in caches: raise it when the same inputs give other pools
 
 
@@ -99,32 +101,152 @@ def sample_pools(
     ```
     """
     shares = _shares(method, ratios)
-    if pool_size < 1 or seed < 0:
-        raise ValueError(f"pool_size must be at least 1 and seed not negative, got {pool_size} and {seed}")
     queries, candidates = _ids("query_ids", query_ids), np.sort(_ids("candidate_ids", candidate_ids))
-    twice = candidates[1:][candidates[1:] == candidates[:-1]]
-    if len(twice):
-        raise BeamDataError(f"candidate_ids: expected each id once, found {_some(twice)} more than once")
-    features = {name: {"text_sim": text, "image_sim": image}[name] for name in shares if name != "random"}
-    for name, rows in features.items():
-        _check_features(name, rows, np.concatenate([queries, candidates]))
-    left_out = _left_out(queries, candidates, entities or {})
-    short = _short(queries, candidates, left_out, pool_size, allow_empty)
-    asked, left_out = queries[~short], [out for out, few in zip(left_out, short, strict=True) if not few]
-    path = None
-    if cache_dir is not None:
-        about = (method, shares, pool_size, seed, len(candidates) > EXACT_LIMIT)
-        path = Path(cache_dir, f"pools-{_fingerprint(about, asked, candidates, left_out, features)}.json")
-    if path is not None and path.exists():
-        pools = _read_pools(path, len(asked), pool_size)
-    else:
-        pools = _choose(shares, features, asked, candidates, left_out, pool_size, seed)
-        if path is not None:
-            with atomic_file(path) as stream:
-                stream.write(json.dumps(pools).encode())
-    for position in np.flatnonzero(short).tolist():
-        pools.insert(position, [])
-    return pools
+
+    def rows_of(ids: NDArray[np.int64]) -> dict[str, Any]:
+        tables = (("text", text), ("image", image))
+        return {name: _rows_of(name, table, ids) for name, table in tables if f"{name}_sim" in shares}
+
+    return PoolSampler(candidates, entities=entities, **rows_of(candidates)).pools(
+        method,
+        queries,
+        pool_size,
+        seed=seed,
+        ratios=ratios,
+        allow_empty=allow_empty,
+        cache_dir=cache_dir,
+        **rows_of(queries),
+    )
+
+
+class PoolSampler:
+    """
+    [`sample_pools`] for candidates that are asked for again and again: what depends on them alone (the checks of their
+    rows, the index of many) is computed when it is first needed, and kept.
+
+    Args:
+        candidate_ids (`list[int]`):
+            Row ids, ascending.
+        text, image (`np.ndarray`, *optional*):
+            Embeddings of the candidates, (C, width), in their order.
+        entities (`dict[int, str]`, *optional*):
+            What rows are about, by row id.
+
+    Raises:
+        ValueError: `candidate_ids` are no row ids.
+        [`BeamDataError`]: they do not ascend, or an id is there twice.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from lever_grpo.search.samplers import PoolSampler
+    >>> sampler = PoolSampler(range(4), text=np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.8, 0.2]]))
+    >>> sampler.pools("text_sim", [9], 2, text=np.array([[0.1, 1.0]]))
+    [[2, 3]]
+    >>> sampler.pools("text_sim", [2], 2, text=np.array([[0.1, 1.0]]))  # the query is a candidate
+    [[3, 1]]
+
+    ```
+    """
+
+    def __init__(
+        self,
+        candidate_ids: Sequence[int] | NDArray[np.int64],
+        *,
+        text: NDArray | None = None,
+        image: NDArray | None = None,
+        entities: Mapping[int, str] | None = None,
+    ):
+        self.ids = _ids("candidate_ids", candidate_ids)
+        wrong = self.ids[1:][self.ids[1:] <= self.ids[:-1]]
+        if len(wrong):
+            raise BeamDataError(f"candidate_ids: expected ascending ids, each id once, found {_some(wrong)} too late")
+        self._rows = {"text_sim": text, "image_sim": image}
+        self._neighbours: dict[str, _Neighbours] = {}
+        self._entities = entities or {}
+        about = defaultdict(list)
+        for position, candidate in enumerate(self.ids.tolist() if self._entities else ()):
+            if self._entities.get(candidate) is not None:
+                about[self._entities[candidate]].append(position)
+        self._about = {entity: np.array(positions) for entity, positions in about.items()}
+
+    def pools(
+        self,
+        method: str,
+        query_ids: Sequence[int] | NDArray[np.int64],
+        pool_size: int,
+        *,
+        seed: int = 0,
+        text: NDArray | None = None,
+        image: NDArray | None = None,
+        ratios: Mapping[str, float] | None = None,
+        entities: Mapping[int, str] | None = None,
+        allow_empty: bool = False,
+        cache_dir: str | os.PathLike | None = None,
+    ) -> list[list[int]]:
+        """
+        Chooses the candidates of each query.
+
+        Args:
+            query_ids (`list[int]`):
+                Row ids; that of the candidate, if a query is one.
+            text, image (`np.ndarray`, *optional*):
+                Embeddings of the queries, (Q, width), in their order.
+            entities (`dict[int, str]`, *optional*):
+                What queries are about, by row id; by default what the sampler was told.
+            method, pool_size, seed, ratios, allow_empty, cache_dir:
+                As in [`sample_pools`], as are the errors.
+
+        Returns:
+            `list[list[int]]`: Candidate ids of each query.
+        """
+        shares = _shares(method, ratios)
+        if pool_size < 1 or seed < 0:
+            raise ValueError(f"pool_size must be at least 1 and seed not negative, got {pool_size} and {seed}")
+        queries = _ids("query_ids", query_ids)
+        sides = {name: {"text_sim": text, "image_sim": image}[name] for name in shares if name != "random"}
+        neighbours = {name: self._neighbours_by(name) for name in sides}
+        asked = {name: _checked(name.removesuffix("_sim"), rows, queries) for name, rows in sides.items()}
+        left_out = self.left_out(queries, entities)
+        short = _short(queries, self.ids, left_out, pool_size, allow_empty)
+        queries, left_out = queries[~short], [out for out, few in zip(left_out, short, strict=True) if not few]
+        asked = {name: rows[~short] for name, rows in asked.items()}
+        path = None
+        if cache_dir is not None:
+            about = (method, shares, pool_size, seed, len(self.ids) > EXACT_LIMIT)
+            features = {name: (rows, neighbours[name].given) for name, rows in asked.items()}
+            path = Path(cache_dir, f"pools-{_fingerprint(about, queries, self.ids, left_out, features)}.json")
+        if path is not None and path.exists():
+            pools = _read_pools(path, len(queries), pool_size)
+        else:
+            rankings = {name: neighbours[name].nearest(rows, left_out, pool_size) for name, rows in asked.items()}
+            pools = _choose(shares, rankings, queries, self.ids, left_out, pool_size, seed)
+            if path is not None:
+                with atomic_file(path) as stream:
+                    stream.write(json.dumps(pools).encode())
+        for position in np.flatnonzero(short).tolist():
+            pools.insert(position, [])
+        return pools
+
+    def left_out(
+        self, query_ids: Sequence[int] | NDArray[np.int64], entities: Mapping[int, str] | None = None
+    ) -> list[NDArray[np.int64]]:
+        """For each query the positions of candidates that its pool must not have: itself, and rows of its entity."""
+        queries = np.asarray(query_ids, np.int64)
+        result = []
+        for query, position in zip(queries.tolist(), np.searchsorted(self.ids, queries).tolist(), strict=True):
+            entity = (entities or {}).get(query, self._entities.get(query))
+            out = _NOBODY if entity is None else self._about.get(entity, _NOBODY)
+            itself = self.ids[position : position + 1] == query  # one row, or none behind the last
+            result.append(np.union1d(out, position) if itself.any() else out)
+        return result
+
+    def _neighbours_by(self, method: str) -> _Neighbours:
+        if method not in self._neighbours:
+            rows = _checked(method.removesuffix("_sim"), self._rows[method], self.ids)
+            self._neighbours[method] = _Neighbours(rows)
+        return self._neighbours[method]
 
 
 def parse_ratios(ratios: Sequence[str] | None) -> dict[str, float] | None:
@@ -153,36 +275,33 @@ def parse_ratios(ratios: Sequence[str] | None) -> dict[str, float] | None:
 
 def _choose(
     shares: Mapping[str, float],
-    features: Mapping[str, Any],
+    rankings: Mapping[str, list[NDArray[np.int64]]],
     queries: NDArray[np.int64],
     candidates: NDArray[np.int64],
     left_out: list[NDArray[np.int64]],
     pool_size: int,
     seed: int,
 ) -> list[list[int]]:
-    """The pools of queries that have enough candidates."""
-    if not len(queries):
-        return []
-    rankings = {
-        name: _nearest(np.asarray(rows), queries, candidates, left_out, pool_size) for name, rows in features.items()
-    }
+    """The pools of queries that have enough candidates; rankings are positions among these."""
     ends = np.rint(np.cumsum(list(shares.values())) * pool_size).astype(int).tolist()
     pools = []
     for i, query in enumerate(queries.tolist()):
         pool: dict[int, None] = {}  # an ordered set
         rng = np.random.default_rng([seed, query])
         for name, end in [*zip(shares, ends, strict=True), ("random", pool_size)]:
+            if len(pool) == pool_size:
+                break
             if name == "random":
                 # enough for all of them to be left out or in the pool already, but for those that are missing
                 draws = min(len(candidates), max(0, end - len(pool)) + len(left_out[i]) + len(pool))
-                positions = rng.choice(len(candidates), draws, replace=False)
-                ranking = candidates[positions[~np.isin(positions, left_out[i])]].tolist()
+                ranking = rng.choice(len(candidates), draws, replace=False)
+                ranking = ranking[~np.isin(ranking, left_out[i])]
             else:
                 ranking = rankings[name][i]
-            for candidate in ranking:
+            for position in ranking.tolist():
                 if len(pool) < end:
-                    pool[candidate] = None
-        pools.append(list(pool))
+                    pool[position] = None
+        pools.append(candidates[list(pool)].tolist())
     return pools
 
 
@@ -201,47 +320,41 @@ def _shares(method: str, ratios: Mapping[str, float] | None) -> dict[str, float]
     return shares
 
 
-def _ids(name: str, values: Sequence[int]) -> NDArray[np.int64]:
+def _ids(name: str, values: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     ids = np.asarray(values)
     if ids.ndim != 1 or len(ids) and (ids.dtype.kind not in "iu" or ids.min() < 0):
         raise ValueError(f"{name} must be a list of row ids (whole numbers from 0 on), got {values!r:.100}")
     return ids.astype(np.int64)
 
 
-def _check_features(name: str, rows: NDArray | None, ids: NDArray[np.int64]) -> None:
-    argument = name.removesuffix("_sim")
+def _check_floats(name: str, rows: NDArray | None) -> NDArray:
     if rows is None:
         raise ValueError(
-            f"method {name!r} needs embeddings: pass {argument}=, an array (N, width) with a row a row id"
+            f"method '{name}_sim' needs embeddings: pass {name}=, an array (N, width) with a row a row id"
         )
     if rows.ndim != 2 or rows.dtype.kind != "f":
-        raise ValueError(f"{argument} must be floats of shape (N, width), got {rows.dtype} of shape {rows.shape}")
-    outside = ids[(ids < 0) | (ids >= len(rows))]
+        raise ValueError(f"{name} must be floats of shape (N, width), got {rows.dtype} of shape {rows.shape}")
+    return rows
+
+
+def _rows_of(name: str, table: NDArray | None, ids: NDArray[np.int64]) -> NDArray:
+    """Rows of ids, from a table that has a row a row id."""
+    table = _check_floats(name, table)
+    outside = ids[ids >= len(table)]
     if len(outside):
-        raise BeamDataError(f"{argument}: expected row ids from 0 to {len(rows) - 1}, found {_some(outside)}")
-    used = np.unique(ids)
-    bad = used[~np.isfinite(rows[used]).all(axis=1)]
+        raise BeamDataError(f"{name}: expected row ids from 0 to {len(table) - 1}, found {_some(outside)}")
+    return np.asarray(table[ids])
+
+
+def _checked(name: str, rows: NDArray | None, ids: NDArray[np.int64]) -> NDArray:
+    """Rows of ids, one each: finite floats."""
+    rows = _check_floats(name, rows)
+    if len(rows) != len(ids):
+        raise BeamDataError(f"{name}: expected a row for each of {len(ids)} ids, found {len(rows)}")
+    bad = np.unique(ids[~np.isfinite(rows).all(axis=1)])
     if len(bad):
-        raise BeamDataError(
-            f"{argument}: expected finite numbers, found NaN or infinity in {len(bad)} rows: {_some(bad)}"
-        )
-
-
-def _left_out(
-    queries: NDArray[np.int64], candidates: NDArray[np.int64], entities: Mapping[int, str]
-) -> list[NDArray[np.int64]]:
-    """For each query the positions of candidates that its pool must not have: itself, and rows of its entity."""
-    about = defaultdict(list)
-    position = {}
-    for p, candidate in enumerate(candidates.tolist()):
-        position[candidate] = p
-        if entities.get(candidate) is not None:
-            about[entities[candidate]].append(p)
-    result = []
-    for query in queries.tolist():
-        same = about.get(entities[query], []) if entities.get(query) is not None else []
-        result.append(np.array(sorted({*same, *([position[query]] if query in position else [])}), np.int64))
-    return result
+        raise BeamDataError(f"{name}: expected finite numbers, found NaN or infinity in {len(bad)} rows: {_some(bad)}")
+    return rows
 
 
 def _short(
@@ -268,71 +381,66 @@ def _short(
     return short
 
 
-def _nearest(
-    features: NDArray,
-    queries: NDArray[np.int64],
-    candidates: NDArray[np.int64],
-    left_out: list[NDArray[np.int64]],
-    size: int,
-) -> list[list[int]]:
-    """The nearest `size` candidates of each query, nearest first.
+class _Neighbours:
+    """Rows of candidates (C, D), and which of them are nearest to a query's."""
 
-    A matrix product finds who can be among them, within its rounding error. That error depends on which queries share
-    a block, so their order is decided by products that are summed one pair at a time, in double precision.
-    """
-    if len(candidates) > EXACT_LIMIT:
-        return _nearest_by_index(features, queries, candidates, left_out, size)
-    rows = features[candidates].astype(np.float32)  # (C, D)
-    longest = float(np.linalg.norm(rows, axis=1).max())
-    block = max(1, _BLOCK // len(candidates))
-    nearest = []
-    for start in range(0, len(queries), block):
-        sides = features[queries[start : start + block]].astype(np.float32)  # (B, D)
-        products = sides @ rows.T  # (B, C)
-        # twice the bound of an inner product's rounding error (Higham 2002, section 3.1)
-        error = 2 * rows.shape[1] * np.finfo(np.float32).eps * longest * np.linalg.norm(sides, axis=1)
-        for i, (side, product) in enumerate(zip(sides, products, strict=True), start):
-            product[left_out[i]] = -np.inf
-            least = np.partition(product, -size)[-size] - error[i - start]
-            nearest.append(_in_order(side, rows, candidates, np.flatnonzero(product >= least), size))
-    return nearest
+    def __init__(self, given: NDArray):
+        self.given = given
+        self.rows = given.astype(np.float32, copy=False)
 
+    @cached_property
+    def longest(self) -> float:
+        return float(np.linalg.norm(self.rows, axis=1).max())
 
-def _nearest_by_index(
-    features: NDArray,
-    queries: NDArray[np.int64],
-    candidates: NDArray[np.int64],
-    left_out: list[NDArray[np.int64]],
-    size: int,
-) -> list[list[int]]:
-    """As `_nearest`, approximately: what a query lacks after its own rows are taken out, is searched for exactly."""
-    try:
-        from usearch.index import Index
-    except ImportError as error:
-        raise ImportError(
-            f"{len(candidates)} candidates are more than the {EXACT_LIMIT} that are compared one by one; the index "
-            "for more needs usearch: pip install 'lever_grpo[search]'"
-        ) from error
-    rows = features[candidates].astype(np.float32)  # (C, D)
-    sides = features[queries].astype(np.float32)  # (Q, D)
-    index = Index(ndim=rows.shape[1], metric="ip", dtype="f32", expansion_search=max(256, 4 * size))
-    # one thread: the graph depends on the order in which points come in
-    index.add(np.arange(len(rows)), rows, threads=1)
-    nearest = []
-    for side, out in zip(sides, left_out, strict=True):
-        found = np.setdiff1d(index.search(side, size + len(out), threads=1).keys.astype(np.int64), out)
+    @cached_property
+    def index(self) -> Any:
+        try:
+            from usearch.index import Index
+        except ImportError as error:
+            raise ImportError(
+                f"{len(self.rows)} candidates are more than the {EXACT_LIMIT} that are compared one by one; the index "
+                "for more needs usearch: pip install 'lever_grpo[search]'"
+            ) from error
+        index = Index(ndim=self.rows.shape[1], metric="ip", dtype="f32")
+        # one thread: the graph depends on the order in which points come in
+        index.add(np.arange(len(self.rows)), self.rows, threads=1)
+        return index
+
+    def nearest(self, queries: NDArray, left_out: list[NDArray[np.int64]], size: int) -> list[NDArray[np.int64]]:
+        """
+        Positions of the nearest `size` candidates of each query, nearest first.
+
+        A matrix product finds who can be among them, within its rounding error. That error depends on which queries
+        share a block, so their order is decided by products that are summed one pair at a time, in double precision.
+        """
+        sides = queries.astype(np.float32, copy=False)  # (Q, D)
+        if len(self.rows) > EXACT_LIMIT:
+            return [self._by_index(side, out, size) for side, out in zip(sides, left_out, strict=True)]
+        block = max(1, _BLOCK // len(self.rows))
+        nearest = []
+        for start in range(0, len(sides), block):
+            part = sides[start : start + block]  # (B, D)
+            products = part @ self.rows.T  # (B, C)
+            # twice the bound of an inner product's rounding error (Higham 2002, section 3.1)
+            errors = 2 * part.shape[1] * np.finfo(np.float32).eps * self.longest * np.linalg.norm(part, axis=1)
+            for i, (side, product, error) in enumerate(zip(part, products, errors, strict=True), start):
+                product[left_out[i]] = -np.inf
+                least = np.partition(product, -size)[-size] - error
+                nearest.append(self._in_order(side, np.flatnonzero(product >= least), size))
+        return nearest
+
+    def _by_index(self, side: NDArray, out: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """Approximately: what a query lacks after its own rows are taken out, is searched for exactly."""
+        self.index.expansion_search = max(256, 4 * size)
+        found = np.setdiff1d(self.index.search(side, size + len(out), threads=1).keys.astype(np.int64), out)
         if len(found) < size:
-            found = np.setdiff1d(np.arange(len(rows)), out, assume_unique=True)
-        nearest.append(_in_order(side, rows, candidates, found, size))
-    return nearest
+            found = np.setdiff1d(np.arange(len(self.rows)), out, assume_unique=True)
+        return self._in_order(side, found, size)
 
-
-def _in_order(
-    side: NDArray, rows: NDArray, candidates: NDArray[np.int64], positions: NDArray[np.int64], size: int
-) -> list[int]:
-    """The nearest `size` of the candidates at these positions, which ascend."""
-    products = (rows[positions].astype(np.float64) * side.astype(np.float64)).sum(axis=1)
-    return candidates[positions[np.argsort(-products, kind="stable")[:size]]].tolist()
+    def _in_order(self, side: NDArray, positions: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """The nearest `size` of the candidates at these positions, which ascend."""
+        products = (self.rows[positions].astype(np.float64) * side.astype(np.float64)).sum(axis=1)
+        return positions[np.argsort(-products, kind="stable")[:size]]
 
 
 def _fingerprint(
@@ -340,17 +448,17 @@ def _fingerprint(
     queries: NDArray[np.int64],
     candidates: NDArray[np.int64],
     left_out: list[NDArray[np.int64]],
-    features: Mapping[str, Any],
+    features: Mapping[str, tuple[NDArray, NDArray]],
 ) -> str:
-    """Digest of everything that pools depend on."""
+    """Digest of everything that pools depend on; of each feature, the rows of the queries and of the candidates."""
     digest = hashlib.sha256(repr((_VERSION, about, [positions.tolist() for positions in left_out])).encode())
     for ids in (queries, candidates):
         digest.update(repr(len(ids)).encode() + ids.tobytes())
-    for name, rows in features.items():
-        digest.update(f"{name} {rows.dtype} {rows.shape[1]}".encode())
-        for ids in (queries, candidates):
-            for start in range(0, len(ids), 65_536):
-                digest.update(np.ascontiguousarray(rows[ids[start : start + 65_536]]).tobytes())
+    for name, sides in features.items():
+        digest.update(f"{name} {sides[0].dtype} {sides[0].shape[1]}".encode())
+        for rows in sides:
+            for start in range(0, len(rows), 65_536):
+                digest.update(np.ascontiguousarray(rows[start : start + 65_536]).tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -12,21 +12,19 @@ from small_language_models import TOKENIZER, llama
 from lever_grpo import DemonstrationSelector, PointerSelector, PointerSelectorConfig
 from lever_grpo.cli import main
 from lever_grpo.data import EmbeddingStore, Example
+from lever_grpo.models import GPT2Selector, GPT2SelectorConfig, LeverPlusSelector, LeverPlusSelectorConfig
+from lever_grpo.search import samplers
 from lever_grpo.search.features import FeatureEncoder, FeatureMap, save_encoders
 
 
 WIDTH = 8
+FEATURES = {"query_features": {"question": WIDTH}, "candidate_features": {"question": WIDTH}}
 
 
 def network(encoder="none", **options):
     torch.manual_seed(0)
-    widths = {"question": WIDTH}
     options = {"similarity_prior": encoder == "none", "dropout": 0.0} | options
-    return PointerSelector(
-        PointerSelectorConfig(
-            query_features=widths, candidate_features=widths, encoder=encoder, hidden_dim=16, **options
-        )
-    )
+    return PointerSelector(PointerSelectorConfig(**FEATURES, encoder=encoder, hidden_dim=16, **options))
 
 
 def store(count, seed=0):
@@ -63,6 +61,85 @@ def test_picks_are_those_of_the_network(encoder):
     assert [[row.id for row in p.demonstrations][::-1] for p in picked] == expected.sequences[:, 0].tolist()
     np.testing.assert_allclose([p.log_prob for p in picked], expected.scores[:, 0].detach().numpy(), rtol=1e-5)
     assert [p.query.id for p in picked] == list(range(50, 55))
+
+
+def seen_by(module):
+    """Shapes of what a module is given, as long as the test goes on."""
+    shapes = []
+    module.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    return shapes
+
+
+KINDS = {
+    "pointer": lambda: network("cross_attention", similarity_prior=True),
+    "pool attention": lambda: network("cross_attention", similarity_prior=True, num_set_layers=1),
+    "prior": network,
+    "gpt2": lambda: GPT2Selector(GPT2SelectorConfig(**FEATURES, hidden_dim=16, similarity_prior=True)),
+    "lever-plus": lambda: LeverPlusSelector(LeverPlusSelectorConfig(**FEATURES, hidden_dim=16)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_picks_from_a_retrieved_pool_are_those_of_the_network_on_that_pool(kind, dtype):
+    torch.manual_seed(0)
+    selector = DemonstrationSelector(KINDS[kind]().to(dtype))
+    candidates, queries = store(40), store(5, seed=1)
+    selector.set_candidates(rows(40), candidates)
+    picked = selector.select(rows(5, 50), 3, pool_size=6, embeddings=queries, batch_size=2)
+    for i, one in enumerate(picked):
+        pool = [row.id for row in one.pool]
+        likeness = candidates["question"] @ queries["question"][i]
+        assert pool == np.argsort(-likeness)[:6].tolist()
+        expected = selector.selector.select(
+            torch.from_numpy(queries.gather([i], ["question"])),
+            torch.from_numpy(candidates.gather(pool, ["question"]))[None],
+            num_shots=3,
+        )
+        assert [row.id for row in one.demonstrations][::-1] == [pool[k] for k in expected.sequences[0, 0]]
+        assert one.log_prob == pytest.approx(
+            float(expected.scores[0, 0]), rel=1e-5 if dtype == torch.float32 else 0.05
+        )
+
+
+def test_candidates_are_projected_once_and_for_all():
+    selector = DemonstrationSelector(KINDS["pointer"]())
+    projected, compared = (
+        seen_by(module)
+        for module in (selector.selector.candidate_proj, selector.selector.prior.candidate_metric["question"])
+    )
+    selector.set_candidates(rows(40), store(40))
+    for _ in range(2):
+        selector.select(rows(3, 50), 2, pool_size=6, embeddings=store(3, seed=1))
+    assert projected == compared == [(40, WIDTH)]
+
+
+def test_a_selector_that_keeps_nothing_sees_the_candidates_of_the_batch_once_each():
+    selector = DemonstrationSelector(KINDS["gpt2"]())
+    projected = seen_by(selector.selector.candidate_in)
+    selector.set_candidates(rows(40), store(40))
+    picked = selector.select(rows(3, 50), 2, pool_size=12, embeddings=store(3, seed=1))
+    assert projected == [(len({row.id for one in picked for row in one.pool}), WIDTH)]
+    assert 12 < projected[0][0] < 36  # pools that differ, and overlap
+
+
+def test_what_retrieval_needs_of_the_candidates_is_made_once(monkeypatch):
+    made = []
+
+    class Counted(samplers._Neighbours):
+        def __init__(self, given):
+            made.append(len(given))
+            super().__init__(given)
+
+    monkeypatch.setattr(samplers, "_Neighbours", Counted)
+    selector = DemonstrationSelector(network())
+    for count in (20, 30):
+        selector.set_candidates(rows(count), store(count, seed=count))
+        for seed in (1, 2):
+            (picked,) = selector.select(rows(1, 50), 2, pool_size=4, embeddings=store(1, seed))
+            likeness = store(count, seed=count)["question"] @ store(1, seed)["question"][0]
+            assert [row.id for row in picked.pool] == np.argsort(-likeness)[:4].tolist()
+    assert made == [20, 30]
 
 
 def test_encoders_come_with_the_checkpoint(checkpoint):

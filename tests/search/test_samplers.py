@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 
 from lever_grpo.data import BeamDataError, load_sample
 from lever_grpo.search import samplers
-from lever_grpo.search.samplers import sample_pools
+from lever_grpo.search.samplers import PoolSampler, sample_pools
 
 
 ROWS = 60
@@ -248,6 +248,64 @@ def test_what_the_index_does_not_find_is_searched_for(monkeypatch):
         1,
         2,
     }
+
+
+# ---------------------------------------------------------------- candidates that are kept
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_kept_candidates_give_the_same_pools(method):
+    entities = {row: f"thing {row // 3}" for row in range(ROWS - 6)}
+    candidates, options = range(0, ROWS, 2), {**OPTIONS[method]}
+    tables = {name: options.pop(name) for name in ("text", "image") if name in options}
+    sampler = PoolSampler(candidates, entities=entities, **{name: table[::2] for name, table in tables.items()})
+    for queries, size in ([3, 8], 5), ([8], 9), ([59, 0, 3], 2):
+        rows = {name: table[queries] for name, table in tables.items()}
+        expected = sample_pools(method, queries, candidates, size, entities=entities, **OPTIONS[method])
+        assert sampler.pools(method, queries, size, **options, **rows) == expected
+
+
+def test_queries_that_are_in_no_table():
+    sampler = PoolSampler(range(ROWS), text=TEXT, entities={4: "a", 5: "a"})
+    pools = sampler.pools("text_sim", [900, 901, 5], 3, text=TEXT[[4, 4, 5]], entities={901: "a"})
+    nearest = brute_force(np.concatenate([TEXT, TEXT[4:5]]), ROWS, range(ROWS), 5)
+    assert nearest[0] == 4 and pools[0] == nearest[:3]
+    assert pools[1] == [row for row in nearest if row not in (4, 5)][:3]
+    assert pools[2] == brute_force(TEXT, 5, range(ROWS), 3, {4: "a", 5: "a"})
+
+
+def test_the_index_of_kept_candidates_is_built_once(monkeypatch):
+    built = []
+
+    class Counted(ShortSighted):
+        def add(self, keys, rows, threads):
+            built.append(len(keys))
+
+    module = type(sys)("usearch.index")
+    module.Index = Counted
+    monkeypatch.setitem(sys.modules, "usearch", type(sys)("usearch"))
+    monkeypatch.setitem(sys.modules, "usearch.index", module)
+    monkeypatch.setattr(samplers, "EXACT_LIMIT", 10)
+    sampler = PoolSampler(range(ROWS), text=TEXT)
+    sampler.pools("random", [1], 4)
+    assert not built  # not before it is needed
+    for size in (2, 5, 2):
+        sampler.pools("text_sim", [1, 2], size, text=TEXT[[1, 2]])
+    assert built == [ROWS]
+
+
+def test_rows_of_kept_candidates_are_checked_when_they_are_needed():
+    with pytest.raises(BeamDataError, match="ascending ids, each id once, found 1"):
+        PoolSampler([2, 1])
+    holed = np.where(np.arange(ROWS) == 3, np.nan, TEXT.T).T
+    sampler = PoolSampler(range(ROWS), text=TEXT[1:], image=holed)
+    assert len(sampler.pools("random", [1], 4)[0]) == 4
+    with pytest.raises(BeamDataError, match="text: expected a row for each of 60 ids, found 59"):
+        sampler.pools("text_sim", [1], 4, text=TEXT[[1]])
+    with pytest.raises(BeamDataError, match="image: expected finite numbers.* 1 rows: 3"):
+        sampler.pools("image_sim", [1], 4, image=TEXT[[1]])
+    with pytest.raises(BeamDataError, match="text: expected finite numbers.* 1 rows: 7"):
+        PoolSampler(range(ROWS), text=TEXT).pools("text_sim", [7], 4, text=holed[[3]])
 
 
 # ---------------------------------------------------------------- the cache
