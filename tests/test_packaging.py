@@ -92,6 +92,7 @@ def wheel(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "lever_grpo", folder / "lever_grpo", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "tests" / "metrics", folder / "tests" / "metrics")
+    shutil.copytree(ROOT / "accelerate_configs", folder / "accelerate_configs")
     build = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
     name = run_python(build, cwd=folder).strip().splitlines()[-1]
     with zipfile.ZipFile(folder / "dist" / name) as archive:
@@ -106,6 +107,7 @@ def test_wheel_holds_modules_sample_and_marker(wheel):
     kept = (path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     expected = {path.relative_to(ROOT).as_posix() for path in kept}
     assert {"lever_grpo/py.typed", "lever_grpo/sample/README.md", "lever_grpo/sample/emoji/train.parquet"} <= expected
+    expected |= {f"lever_grpo/accelerate_configs/{name}.yaml" for name in CONFIGS}
     assert not expected - files
     assert not {name for name in files if not name.startswith("lever_grpo")}, "only the package belongs in the wheel"
 
@@ -156,7 +158,7 @@ def test_requirements_cover_the_imports(wheel):
     base = requirements(metadata)
     optional = {
         name
-        for extra in ("peft", "encoders", "search", "sample", "captions", "evaluate")
+        for extra in ("peft", "encoders", "search", "sample", "captions", "evaluate", "demo", "completion", "trackers")
         for name in requirements(metadata, extra)
     }
     for folder in ("lever_grpo", "recipes", "benchmarks"):

@@ -14,8 +14,10 @@ from planted import assert_same_weights, make_args, weights_of
 from transformers import AutoModel, TrainerCallback
 
 from lever_grpo import PointerSelector, SelectorSFTConfig
+from lever_grpo.data import EmbeddingStore
 from lever_grpo.inference import choose
 from lever_grpo.pipeline import RecipeArguments, load_task, run, similarity_baseline
+from lever_grpo.pipeline.task_data import make_collator
 from lever_grpo.report import load_results
 
 
@@ -242,6 +244,18 @@ def test_similarity_features(planted_files, planted):
         assert sample.similarity_features == features
         nearest = choose(similarity_baseline(sample.collator, features), sample.heldout, sample.collator)
         assert (nearest == [0, 1]).all(1).mean() > 0.9  # the search ranked its pools by them
+
+
+def test_a_query_is_not_shown_with_its_own_answer_by_default():
+    answers = np.ones((3, 2), np.float32)
+    store = EmbeddingStore({"question": answers, "answer": answers, "question_answer": answers})
+    collator, similarity = make_collator(RecipeArguments(), store, None)
+    assert (collator.query_features, similarity) == (("question",), ("question",))
+    assert collator.candidate_features == tuple(store.names)
+    named = RecipeArguments(query_features=["answer"])
+    assert make_collator(named, store, None)[0].query_features == ("answer",)
+    with pytest.raises(ValueError, match=r"those of answers alone \(answer\)"):
+        make_collator(RecipeArguments(), EmbeddingStore({"answer": answers}), None)
 
 
 # ---- dry run ----

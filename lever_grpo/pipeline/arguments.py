@@ -41,7 +41,8 @@ class RecipeArguments:
             Cross-validation: report on this part of the training queries, of `heldout_size` each (0, 1, …), instead of
             on held-out ones; scores that are missing are estimated.
         query_features, candidate_features (`list[str]`, *optional*):
-            Embeddings that each side sees. Default: those of the sample, or all of the store on both sides.
+            Embeddings that each side sees. Default: those of the sample, or all of the store; of the query's side all
+            without "answer" in their name.
         similarity_features (`list[str]`, *optional*):
             Embeddings of the similarity baseline. Default: those by which the sample's pools are ranked, or all that
             the two sides share. `similarity_all` takes all that they share in any case.
@@ -74,6 +75,9 @@ class RecipeArguments:
             Check everything, run two steps of each stage, write nothing.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether an earlier run in `output_dir` may be deleted.
+        resume_from_hub (`str`, *optional*):
+            Model repository with the checkpoints of a run that was cut off (`hub_strategy="checkpoint"`): the run goes
+            on from there. Where `output_dir` holds the run already, it goes on from that.
     """
 
     task: str = field(default="emoji", metadata={"help": "Task of the packaged sample, without --beam_data."})
@@ -107,7 +111,7 @@ class RecipeArguments:
     sft_epochs: float = field(default=5.0, metadata={"help": "Epochs of the supervised stage."})
     sft_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the supervised stage."})
     sft_num_beams: int = field(default=5, metadata={"help": "Best beams that the supervised stage imitates."})
-    model_preset: str = field(default="v3", metadata={"help": f"One of {', '.join(PRESETS)}."})
+    model_preset: str = field(default="v3", metadata={"help": "Version of the selector.", "choices": tuple(PRESETS)})
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further options of the selector's configuration, as JSON."}
     )
@@ -120,6 +124,9 @@ class RecipeArguments:
     dropout: float = field(default=0.3, metadata={"help": "Dropout of the network and of the prior."})
     dry_run: bool = field(default=False, metadata={"help": "Check everything, run two steps a stage, write nothing."})
     overwrite: bool = field(default=False, metadata={"help": "Whether to delete an earlier run in output_dir."})
+    resume_from_hub: str | None = field(
+        default=None, metadata={"help": "Repository with the checkpoints of a run that is to go on."}
+    )
 
     def __post_init__(self) -> None:
         _ = self.model_options  # an error now, not after the data are read
@@ -144,11 +151,13 @@ def parse(arguments: Sequence[str], config: type[TrainingConfig]) -> tuple[Recip
     Raises:
         ValueError: for a key that no argument has.
     """
-    parts = list(arguments)  # the parser knows `--resume_from_checkpoint` with a value only
-    for i, part in reversed(list(enumerate(parts))):
-        if part == "--resume_from_checkpoint" and (i + 1 == len(parts) or parts[i + 1].startswith("--")):
-            parts.insert(i + 1, "true")
-    recipe, args = parse_dataclasses([RecipeArguments, config], parts)
+    recipe, args = parse_dataclasses([RecipeArguments, config], arguments)
+    settle_resume(args)
+    return recipe, args
+
+
+def settle_resume(args: SelectorTrainingArguments) -> None:
+    """Makes `resume_from_checkpoint` `"true"` or `None`, or raises a `ValueError`."""
     resume = str(args.resume_from_checkpoint or "false").lower()
     if resume not in ("true", "false"):
         raise ValueError(
@@ -156,4 +165,3 @@ def parse(arguments: Sequence[str], config: type[TrainingConfig]) -> tuple[Recip
             "finds the last whole checkpoint of its output_dir itself."
         )
     args.resume_from_checkpoint = "true" if resume == "true" else None
-    return recipe, args

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from ..atomic import atomic_file
+from ..atomic import atomic_file, refuse_links
 from ..data import DataCollatorForBeams, EmbeddingStore, list_samples, load_beams, load_sample, to_prompt_order
 from ..data.examples import Example
 from ..data.pools import PoolSource
@@ -101,6 +101,7 @@ def evaluate(arguments: EvaluateArguments, scorer: Scorer | None = None) -> dict
             for query, shown in zip(ids, chosen, strict=True)
         }
     )
+    refuse_links(output / name for name in ("answers", "settings.json", "scorer.json"))
     if state.is_main_process and arguments.overwrite:
         shutil.rmtree(output / "answers", ignore_errors=True)
         for name in ("settings.json", "scorer.json"):

@@ -84,16 +84,21 @@ class EvaluateArguments(TaskArguments, FrozenModelArguments):
     candidate_pools: str | None = field(default=None, metadata={"help": "File with the pools, instead of a log."})
     num_queries: int | None = field(default=None, metadata={"help": "Queries to draw; default all."})
     num_shots: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Numbers of demonstrations."})
-    baselines: list[str] | None = field(default=None, metadata={"help": f"Of {', '.join(BASELINES)}; default all."})
+    baselines: list[str] | None = field(
+        default=None, metadata={"help": "Methods to compare with; default all.", "choices": BASELINES}
+    )
     query_features: list[str] | None = field(default=None, metadata={"help": "Embeddings of the query side."})
     candidate_features: list[str] | None = field(default=None, metadata={"help": "Embeddings of the candidates."})
     similarity_features: list[str] | None = field(default=None, metadata={"help": "Embeddings of similarity."})
     metrics: list[str] = field(
-        default_factory=lambda: ["accuracy", "log_prob"], metadata={"help": f"Of {', '.join(METRICS)}."}
+        default_factory=lambda: ["accuracy", "log_prob"],
+        metadata={"help": "What answers are judged by.", "choices": tuple(METRICS)},
     )
     random_draws: int = field(default=5, metadata={"help": "Random sequences of a query."})
     mmr_trade_off: float = field(default=0.5, metadata={"help": "Weight of similarity against diversity, 0 to 1."})
-    construct_order: str = field(default="left", metadata={"help": "Where a new demonstration stands: left, right."})
+    construct_order: str = field(
+        default="left", metadata={"help": "Where a new demonstration stands.", "choices": ("left", "right")}
+    )
     max_new_tokens: int = field(default=10, metadata={"help": "Longest answer, in tokens."})
     batch_size: int = field(default=256, metadata={"help": "Prompts that are asked, and written, together."})
     gallery_queries: int = field(default=100, metadata={"help": "Queries that the page shows one by one."})

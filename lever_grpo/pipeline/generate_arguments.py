@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..search.beam_search import SearchConfig
-from ..search.samplers import parse_ratios
+from ..scorers.scores import SCORES
+from ..search.beam_search import ABSOLUTE, JUDGED, SearchConfig
+from ..search.judges import COLUMNS
+from ..search.samplers import METHODS, parse_ratios
 from .frozen_model import FrozenModelArguments, TaskArguments
 from .parsing import parse_dataclasses
 
@@ -74,11 +76,11 @@ class GenerateArguments(TaskArguments, FrozenModelArguments):
     ```
     """
 
-    split: str = field(default="all", metadata={"help": "Whose queries: all, train or heldout."})
+    split: str = field(default="all", metadata={"help": "Whose queries.", "choices": SPLITS})
     heldout_share: float = field(default=0.0, metadata={"help": "Share of the rows that is never a candidate."})
     num_queries: int | None = field(default=None, metadata={"help": "Queries to draw; default all."})
     query_ids: list[int] | None = field(default=None, metadata={"help": "Row ids of the queries."})
-    sampler: str = field(default="text_sim", metadata={"help": "Pools: random, text_sim, image_sim or mix."})
+    sampler: str = field(default="text_sim", metadata={"help": "How pools are chosen.", "choices": (*METHODS, "mix")})
     pool_size: int = field(default=64, metadata={"help": "Candidates of a query; costs grow in proportion."})
     ratios: list[str] | None = field(default=None, metadata={"help": "Shares of mix: text_sim=0.5 image_sim=0.25."})
     candidate_pools: str | None = field(default=None, metadata={"help": "File with the pools, instead of a sampler."})
@@ -88,13 +90,17 @@ class GenerateArguments(TaskArguments, FrozenModelArguments):
     image_encoder: str | None = field(default=None, metadata={"help": "Encoder of images: a folder or a Hub id."})
     num_shots: int = field(default=2, metadata={"help": "Demonstrations of the survivors, 1 to 8."})
     beam_size: int = field(default=5, metadata={"help": "Sequences that are extended; costs grow in proportion."})
-    score: str = field(default="infoscore", metadata={"help": "infoscore, logprob_gain or log_prob."})
-    construct_order: str = field(default="left", metadata={"help": "Where a new demonstration stands: left, right."})
+    score: str = field(
+        default="infoscore", metadata={"help": "What sequences are scored by.", "choices": (*SCORES, ABSOLUTE)}
+    )
+    construct_order: str = field(
+        default="left", metadata={"help": "Where a new demonstration stands.", "choices": ("left", "right")}
+    )
     unordered: bool = field(default=False, metadata={"help": "Whether a set is scored in one order only."})
     random_sequences: int = field(default=0, metadata={"help": "Random sequences a query, for contrast."})
     similarity_sequences: int = field(default=0, metadata={"help": "Runs of the pool's order, for contrast."})
-    judge: str = field(default="none", metadata={"help": "Whose answers are judged: none, survivors or all."})
-    judge_by: str = field(default="accuracy", metadata={"help": "What answers are worth: accuracy, or cider."})
+    judge: str = field(default="none", metadata={"help": "Whose answers are judged.", "choices": JUDGED})
+    judge_by: str = field(default="accuracy", metadata={"help": "What answers are worth.", "choices": tuple(COLUMNS)})
     selector: str | None = field(default=None, metadata={"help": "Selector that proposes sequences, for contrast."})
     selector_sequences: int = field(default=0, metadata={"help": "Sequences that it proposes for a query."})
     batch_queries: int = field(default=16, metadata={"help": "Queries that are searched together: a shard."})

@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from ..atomic import atomic_file
+from ..atomic import atomic_file, refuse_links
 from ..data.examples import Example
 from ..data.fingerprint import file_digest
 from .generate_arguments import GenerateArguments
@@ -29,7 +29,9 @@ def prepare(arguments: GenerateArguments, rows: dict[int, Example]) -> None:
     """Refuses to mix two logs in one folder."""
     output = Path(arguments.output_dir)
     own = [output / name for name in ("settings.json", "scorer.json", "pools.jsonl", "failures.json", "manifest.json")]
-    earlier = [path for path in (*own, output / "shards", output / arguments.log_name) if path.exists()]
+    everything = (*own, output / "shards", output / arguments.log_name)
+    refuse_links(everything)
+    earlier = [path for path in everything if path.exists()]
     if earlier and arguments.overwrite:
         for path in earlier:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

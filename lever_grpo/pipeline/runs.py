@@ -14,12 +14,18 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerState, TrainingArguments
 
-from ..data import DataCollatorForBeams
+from ..atomic import refuse_links
+from ..data import DataCollatorForBeams, load_sample
+from ..data.readers import local_files
+from ..hub.cards import LOG_FILE, describe_log
+from ..hub.push import push_or_warn, push_selector
+from ..hub.resume import fetch_run
 from ..inference import evaluate_selectors
 from ..models import PointerSelector, PointerSelectorConfig, load_selector
 from ..report import MethodResult, build_report, print_report, save_results, write_report
 from ..trainer import GroupBeamGRPOConfig, SelectorSFTConfig, SelectorTrainingArguments
 from .arguments import RecipeArguments
+from .generate_folder import write_json
 from .stages import build_selector, post_train, sft_config, start_with_sft, train, train_sft, with_agreement
 from .task_data import TaskData, load_task
 
@@ -33,7 +39,9 @@ def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig) 
     SFT (unless `sft_ckpt` is given), RCE, GRPO, report; with a [`SelectorSFTConfig`], SFT and its report alone.
 
     The output folder holds the selectors `sft/`, `rce/` and `grpo/`, the trainers' checkpoints in `checkpoints/`, and
-    `report.json`, `report.md`, `results.json` and the figures.
+    `report.json`, `report.md`, `results.json`, the figures, and `log.json`, which says what was learned from. With
+    `push_to_hub`, the last selector goes to the Hub with its card and the report; a push that fails is an error in the
+    log and no exception.
 
     Args:
         recipe ([`RecipeArguments`]):
@@ -49,9 +57,12 @@ def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig) 
             _dry_run(recipe, args, Path(folder))
         return None
     output = Path(str(args.output_dir))
+    if recipe.resume_from_hub is not None:
+        args.resume_from_checkpoint = "true"
     state = PartialState()
     with state.main_process_first():
         if state.is_main_process:
+            _fetch_from_hub(output, recipe, args)
             _prepare_output(output, recipe, args)
         data = load_task(recipe, args.seed)
     if isinstance(args, SelectorSFTConfig):
@@ -61,7 +72,14 @@ def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig) 
         selectors, history = train(recipe, args, data, output)
     if not state.is_main_process:
         return None
-    return report(recipe, args, data, selectors, history, output)
+    summary = report(recipe, args, data, selectors, history, output)
+    _write_log_file(recipe, output)
+    if args.push_to_hub:
+        repo_id = args.hub_model_id or output.absolute().name
+        options: dict[str, Any] = {"private": args.hub_private_repo, "token": args.hub_token}
+        options["revision"] = args.hub_revision
+        push_or_warn(lambda: push_selector(output, repo_id, **options), output, repo_id)
+    return summary
 
 
 def judge(data: TaskData, selectors: dict[str, str]) -> list[MethodResult]:
@@ -119,6 +137,15 @@ def report(
     return summary
 
 
+def _write_log_file(recipe: RecipeArguments, output: Path) -> None:
+    """What the selectors learned from, for their card; a manifest that cannot be read is not worth a run."""
+    files = [load_sample(recipe.task).train] if recipe.beam_data is None else local_files(recipe.beam_data)
+    try:
+        write_json(output / LOG_FILE, describe_log(files))
+    except (OSError, ValueError) as error:
+        logger.warning("%s was not written: %s", output / LOG_FILE, error)
+
+
 def _best_step(output: Path) -> int | None:
     path = output / "checkpoints" / "grpo" / "trainer_state.json"
     return TrainerState.load_from_json(str(path)).best_global_step if path.exists() else None
@@ -129,14 +156,25 @@ def _settings(recipe: RecipeArguments, args: SelectorTrainingArguments) -> dict[
     own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)}
     shared = ("learning_rate", "weight_decay", "per_device_train_batch_size", "num_train_epochs")
     values = {
-        f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("task", "dry_run", "overwrite")
+        f.name: getattr(recipe, f.name)
+        for f in fields(recipe)
+        if f.name not in ("task", "dry_run", "overwrite", "resume_from_hub")
     }
     values.update({name: getattr(args, name) for name in (*shared, *sorted(own))})
     return {name: value for name, value in values.items() if value is not None}
 
 
+def _fetch_from_hub(output: Path, recipe: RecipeArguments, args: SelectorTrainingArguments) -> None:
+    """The run that is to go on, unless it is here already."""
+    if recipe.resume_from_hub is None or any((output / name).exists() for name in RUN_FOLDERS):
+        return
+    stage = "sft" if isinstance(args, SelectorSFTConfig) else "grpo"
+    fetch_run(recipe.resume_from_hub, output, stage=stage, token=args.hub_token, revision=args.hub_revision)
+
+
 def _prepare_output(output: Path, recipe: RecipeArguments, args: SelectorTrainingArguments) -> None:
     """Refuses to mix two runs in one folder."""
+    refuse_links(output / name for name in RUN_FOLDERS)
     earlier = [output / name for name in RUN_FOLDERS if (output / name).exists()]
     if not earlier or args.resume_from_checkpoint:
         return

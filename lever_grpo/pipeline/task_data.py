@@ -168,19 +168,26 @@ def _raw_collator(recipe: RecipeArguments, sample: SampleTask | None) -> DataCol
         raise ValueError(f"model_preset={recipe.model_preset!r} sees the rows themselves: name them by task_file.")
     seen = ("image", "text") if any(row.image is not None for row in rows) else ("text",)
     modalities = recipe.model_options.get("modalities", seen)
-    return DataCollatorForRawBeams(rows, AutoProcessor.from_pretrained(recipe.clip_model), modalities)
+    processor = AutoProcessor.from_pretrained(recipe.clip_model, trust_remote_code=False)
+    return DataCollatorForRawBeams(rows, processor, modalities)
 
 
 def make_collator(
     chosen: RecipeArguments | EvaluateArguments, store: EmbeddingStore, sample: SampleTask | None
 ) -> tuple[DataCollatorForBeams, tuple[str, ...]]:
     """How selectors see the rows, and the embeddings of the similarity baseline: those that were chosen, else the
-    sample's, else all."""
-    everything = tuple(store.names)
+    sample's, else all; but a query is not shown with its own answer unless somebody says so."""
+    names = tuple(store.names)
+    asked = tuple(name for name in names if "answer" not in name)
+    if not (asked or chosen.query_features):
+        raise ValueError(
+            f"the embeddings are those of answers alone ({', '.join(names)}), which a query does not come with; give "
+            "some of the queries, or name query_features."
+        )
     collator = DataCollatorForBeams(
         store,
-        tuple(chosen.query_features or (sample.query_features if sample else everything)),
-        tuple(chosen.candidate_features or (sample.candidate_features if sample else everything)),
+        tuple(chosen.query_features or (sample.query_features if sample else asked)),
+        tuple(chosen.candidate_features or (sample.candidate_features if sample else names)),
     )
     shared = [name for name in collator.query_features if name in collator.candidate_features]
     # a choice of features on the command line may leave out some that the pools were ranked by
@@ -199,7 +206,7 @@ def _read_entities(path: str | None) -> dict[int, str]:
         return {}
     try:
         return {int(row): str(entity) for row, entity in json.loads(Path(path).read_text("utf-8")).items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path}: expected a JSON object {{"row id": "entity"}}; {error}') from error
 
 
