@@ -4,15 +4,17 @@
 # PYTHON   interpreter that it is made with, 3.10 or later (default python3)
 # ARGS     further arguments of the script that a target runs, e.g. `make demo ARGS="--seed 1"`
 # WORKERS  processes of `make test`
+# SECONDS  of each parser of `make fuzz`
 
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
 WORKERS ?= 2
+SECONDS ?= 60
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-INSTALLED_DOCS := $(VENV)/.installed-docs
+INSTALLED_FUZZ := $(VENV)/.installed-fuzz
 INSTALLED_MODEL := $(VENV)/.installed-model
 # uv when it runs, pip when it does not; a command that is on the PATH but fails counts as missing
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
@@ -30,7 +32,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality format bench reproduce ablation sample projector docs clean
+.PHONY: help install demo test quality format fuzz bench reproduce ablation sample projector docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +43,7 @@ $(INSTALLED): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is not Python 3.10 or later; name one, e.g. make install PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(MAKE_VENV)
-	$(PIP_INSTALL) -e ".[test,quality]"
+	$(PIP_INSTALL) -e ".[test,quality,docs]"
 	@touch $@
 
 demo: install  ## post-train the selector on the sample and print the report (outputs/demo)
@@ -51,6 +53,15 @@ demo: install  ## post-train the selector on the sample and print the report (ou
 # one thread a worker: torch would otherwise start as many as there are cores in each of them
 test: install  ## run the tests and the examples in the docstrings
 	$(OFFLINE) $(ONE_THREAD) MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) tests lever_grpo --doctest-modules $(ARGS)
+
+$(INSTALLED_FUZZ): $(INSTALLED)
+	$(PIP_INSTALL) atheris
+	@touch $@
+
+fuzz: $(INSTALLED_FUZZ)  ## fuzz each parser for a minute, or SECONDS (Linux; findings in outputs/fuzz)
+	@set -e; for parser in logs tasks pools external_ids safetensors npy configs; do echo "== $$parser"; \
+		$(OFFLINE) $(ONE_THREAD) $(BIN)/python tests/hardening/fuzz_atheris.py $$parser \
+		-max_total_time=$(SECONDS) $(ARGS); done
 
 quality: install  ## lint, check the format and the types
 	$(BIN)/ruff check .
@@ -96,11 +107,7 @@ projector: $(SOURCES)  ## train the packaged projector of the visual prefix mode
 		--learning_rate 2e-3 --lr_scheduler_type cosine --warmup_steps 20 --logging_steps 25 --report_to none \
 		--judged 1000 --answers black blue brown gray green red teal yellow circle rectangle triangle no yes $(ARGS)
 
-$(INSTALLED_DOCS): $(INSTALLED)
-	$(PIP_INSTALL) -e ".[docs]"
-	@touch $@
-
-docs: $(INSTALLED_DOCS)  ## build the documentation into build/docs
+docs: install  ## build the documentation into build/docs
 	$(BIN)/python -m mkdocs build --strict
 
 clean:  ## remove caches and build products; .venv and outputs stay
