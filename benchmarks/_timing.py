@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -26,6 +27,20 @@ def seconds(step: Callable, device: str) -> float:
 
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def text(values: dict, scale: float = 1, digits: int = 2) -> str:
+    """Median and range of a spread."""
+    median, low, high = (f"{scale * values[name]:.{digits}f}" for name in ("median", "min", "max"))
+    return f"{median} [{low}, {high}]"
+
+
+def finish(report: dict, output: Path | None) -> None:
+    """Prints what became of the targets, and writes the report."""
+    for name, row in report.get("targets", {}).items():
+        print(f"{name}: {text(row)}, target {row['target']}: {'met' if row['met'] else 'MISSED'}")
+    if output:
+        output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def machine(device: str) -> dict[str, str | int]:

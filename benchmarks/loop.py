@@ -11,7 +11,6 @@ logs them, moves the schedules. The same losses on both sides are checked first;
 
 import argparse
 import copy
-import json
 import logging
 import tempfile
 import time
@@ -21,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import orjson
 import torch
-from _timing import machine, spread
+from _timing import finish, machine, spread, text
+from datasets import Dataset
 
 from lever_grpo import GroupBeamGRPOConfig, GroupBeamGRPOTrainer, PointerSelector, PointerSelectorConfig, load_beams
 from lever_grpo.data import DataCollatorForBeams, EmbeddingStore
@@ -30,15 +30,15 @@ from lever_grpo.objectives import exact_kl, group_advantages, group_policy_loss
 
 TARGET = 0.85  # of the bare loop's groups per second
 BETA = 0.04
+WIDTH = 768
 
 
-def make_log(folder: Path, groups: int, beams: int, shots: int, pool: int, width: int) -> tuple[Path, Path]:
+def make_data(folder: Path, groups: int, beams: int = 5, shots: int = 2, pool: int = 64, width: int = WIDTH) -> None:
     """A log of random scores (format 4) and the embeddings of its rows."""
     rng = np.random.default_rng(0)
     rows = 4 * pool + groups
-    log, embeddings = folder / "log.jsonl", folder / "embedding.npy"
-    np.save(embeddings, rng.standard_normal((rows, width)).astype(np.float16))
-    with log.open("wb") as stream:
+    np.save(folder / "embedding.npy", rng.standard_normal((rows, width)).astype(np.float16))
+    with (folder / "log.jsonl").open("wb") as stream:
         for query in range(4 * pool, rows):
             candidates = rng.choice(4 * pool, pool, replace=False)
             chosen = [rng.choice(candidates, shots, replace=False).tolist() for _ in range(beams)]
@@ -48,23 +48,28 @@ def make_log(folder: Path, groups: int, beams: int, shots: int, pool: int, width
                 "sequences": [{"prompt_order": ids, "score": rng.standard_normal()} for ids in chosen],
             }
             stream.write(orjson.dumps(record) + b"\n")
-    return log, embeddings
+
+
+def load_data(folder: Path) -> tuple[Dataset, DataCollatorForBeams]:
+    """What `make_data` wrote."""
+    store = EmbeddingStore.open({"embedding": folder / "embedding.npy"})
+    groups = load_beams(folder / "log.jsonl", cache_dir=folder / "cache")
+    return groups, DataCollatorForBeams(store, ["embedding"], ["embedding"])
+
+
+def make_selector(width: int = WIDTH, hidden_dim: int = 256) -> PointerSelector:
+    torch.manual_seed(0)
+    config = PointerSelectorConfig.from_preset("v3", embed_dim=width, hidden_dim=hidden_dim, dropout=0.0)
+    return PointerSelector(config)
 
 
 class Sides:
     """The two loops over one log."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
-        log, embeddings = make_log(folder, args.groups, args.beams, args.shots, args.pool, args.embed_dim)
-        self.dataset = load_beams(log, cache_dir=folder / "cache")
-        self.collator = DataCollatorForBeams(
-            EmbeddingStore.open({"embedding": embeddings}), ["embedding"], ["embedding"]
-        )
-        torch.manual_seed(0)
-        config = PointerSelectorConfig.from_preset(
-            "v3", embed_dim=args.embed_dim, hidden_dim=args.hidden_dim, dropout=0.0
-        )
-        self.start = PointerSelector(config)
+        make_data(folder, args.groups, args.beams, args.shots, args.pool, args.embed_dim)
+        self.dataset, self.collator = load_data(folder)
+        self.start = make_selector(args.embed_dim, args.hidden_dim)
         self.config = GroupBeamGRPOConfig(
             output_dir=str(folder / "out"),
             per_device_train_batch_size=args.batch,
@@ -162,20 +167,18 @@ def run(args: argparse.Namespace) -> dict:
         "sizes": {name: getattr(args, name) for name in sizes},
         "repeats": args.repeats,
         "groups_per_second": {name: spread([args.groups / t for t in taken]) for name, taken in times.items()},
-        "targets": {
-            "trainer over bare loop": {**ratios, "target": f">= {TARGET}", "met": ratios["median"] >= TARGET}
-        },
+        "targets": {"trainer over bare loop": {**ratios, "target": f">= {TARGET}", "met": ratios["median"] >= TARGET}},
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, default=4096, help="groups of the log (default %(default)s)")
     parser.add_argument("-B", "--batch", type=int, default=32, help="queries in a batch (default %(default)s)")
     parser.add_argument("-G", "--beams", type=int, default=5, help="sequences of a group (default %(default)s)")
     parser.add_argument("-S", "--shots", type=int, default=2, help="picks of a sequence (default %(default)s)")
     parser.add_argument("-K", "--pool", type=int, default=64, help="candidates of a pool (default %(default)s)")
-    parser.add_argument("-D", "--embed-dim", type=int, default=768, help="embedding width (default %(default)s)")
+    parser.add_argument("-D", "--embed-dim", type=int, default=WIDTH, help="embedding width (default %(default)s)")
     parser.add_argument("--hidden-dim", type=int, default=256, help="width of the network (default %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that collate (default %(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")
@@ -187,15 +190,16 @@ def main(arguments: list[str] | None = None) -> None:
         args.groups, args.repeats = 320, 3
     if args.groups < 10 * args.batch:
         parser.error(f"--groups is {args.groups}: it must be at least ten batches of {args.batch}")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     report = run(args)
     print(f"{report['machine']}\n{report['sizes']}, {report['repeats']} turns; median [min, max]\n")
     for name, row in report["groups_per_second"].items():
-        print(f"{name:>8}: {row['median']:.0f} [{row['min']:.0f}, {row['max']:.0f}] groups/s")
-    for name, row in report["targets"].items():
-        cells = f"{row['median']:.2f} [{row['min']:.2f}, {row['max']:.2f}]"
-        print(f"{name}: {cells}, target {row['target']}: {'met' if row['met'] else 'MISSED'}")
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"{name:>8}: {text(row, digits=0)} groups/s")
+    finish(report, args.output)
 
 
 if __name__ == "__main__":
