@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -47,3 +47,15 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def refuse_links(paths: Iterable[Path]) -> None:
+    """
+    Raises an error if a file or folder that a run writes or deletes is a link: it would do so elsewhere.
+
+    Raises:
+        ValueError: if one is; the message names it.
+    """
+    links = [str(path) for path in paths if path.is_symlink()]
+    if links:
+        raise ValueError(f"{', '.join(links)}: expected files and folders of a run, found links; remove them.")

@@ -190,7 +190,7 @@ def projector_rows(source: Path, folder: Path) -> list[dict[str, Any]]:
                 seen = part == "train" and image < PROJECTOR_IMAGES
                 if (wording in HELDOUT_WORDINGS) == seen or part == "train" and not seen:
                     continue
-                name = f"images/{part}_{image}.png"
+                name = f"images/{part}_{int(image)}.png"  # a number, and no path that leads elsewhere
                 if not (folder / name).exists():
                     with atomic_file(folder / name) as stream:
                         stream.write(archive.read(f"easy_vqa/data/{part}/images/{image}.png"))

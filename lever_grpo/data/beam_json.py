@@ -17,22 +17,21 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.builder import Key
 from datasets.data_files import DataFilesDict
 
+from .columns import batches, read_tables
 from .fingerprint import code_digest, data_files_list, plain_path, side_file_key
-from .formats import parse_record
-from .groups import NOTES, group_features, group_rows
+from .groups import NOTES, group_features
 from .orders import parse_log_name
 from .peek import peek, score_weights
 from .pools import PoolSource, read_external_ids
-from .readers import iter_records, local_files
-from .records import BeamDataError, Options, Where
+from .readers import iter_texts, local_files
+from .records import BeamDataError, Group, Options
 
 
 logger = logging.getLogger(__name__)
-
-ROWS_PER_TABLE = 64
 
 
 @dataclass
@@ -147,31 +146,26 @@ class BeamJson(datasets.ArrowBasedBuilder):
         )
         schema = group_features(columns, external_ids=config.external_ids is not None).arrow_schema
         for number, file in enumerate(files):
-            rows: list[dict[str, Any]] = []
-            tables = 0
             notes: Counter[str] = Counter()
-            for row in _rows_of_file(file, options):
-                notes.update({name: int(value) for name, value in row["notes"].items()})
-                rows.append(row)
-                if len(rows) == ROWS_PER_TABLE:
-                    yield Key(number, tables), pa.Table.from_pylist(rows, schema=schema)
-                    rows, tables = [], tables + 1
-            if rows:
-                yield Key(number, tables), pa.Table.from_pylist(rows, schema=schema)
+            for index, table in enumerate(_tables_of_file(file, options, schema)):
+                if self.warn_while_reading:
+                    notes.update(_count_notes(table))
+                yield Key(number, index), table
             if self.warn_while_reading:
                 _warn_of_notes(file, notes)
 
 
-def _rows_of_file(file: str, options: Options) -> Iterator[dict[str, Any]]:
+def _tables_of_file(file: str, options: Options, schema: pa.Schema) -> Iterator[pa.Table]:
     settings = parse_log_name(file)
     empty: list[str] = []
-    for key, label, record in iter_records(file):
-        group = parse_record(key, record, Where(file, label), options, settings)
-        if group is None:
-            continue
-        if not group.sequences:
-            empty.append(str(group.query_id))
-        yield from group_rows(group, options)
+
+    def note_empty(group: Group) -> None:
+        empty.append(str(group.query_id))
+
+    for batch in batches(iter_texts(file)):
+        table = pa.concat_tables(read_tables(batch, file, settings, options, schema, note_empty))
+        if len(table):
+            yield table
     if empty:
         shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
         logger.warning("%s: %d queries have no usable sequence and give no group: %s", file, len(empty), shown)
@@ -290,8 +284,7 @@ def load_beams(
     result = builder.as_dataset(split=one_split)
     for name, split in {one_split: result}.items() if one_split else result.items():
         first = data_files[name][0]
-        table = split.data.column("notes").combine_chunks().flatten()
-        _warn_of_notes(first, {note: int(sum(column.to_pylist())) for note, column in zip(NOTES, table, strict=True)})
+        _warn_of_notes(first, _count_notes(split.data))
     return result
 
 
@@ -312,6 +305,11 @@ def log_metadata(dataset: Any) -> dict[str, Any]:
         return json.loads(getattr(info, "description", None) or "{}").get("beam_log", {})
     except json.JSONDecodeError:
         return {}  # a description that somebody else wrote
+
+
+def _count_notes(table: Any) -> dict[str, int]:
+    columns = table.column("notes").combine_chunks().flatten()
+    return {name: pc.sum(column).as_py() or 0 for name, column in zip(NOTES, columns, strict=True)}
 
 
 def _warn_of_notes(file: str, notes: Mapping[str, int]) -> None:

@@ -23,6 +23,7 @@ _SAFETENSORS_DTYPES: dict[str, np.dtype] = {
 }
 _ROWS = ".rows"  # an array `image.rows` (N,) says which row of `image` each row id has
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format
+_MAX_NPY_HEADER = 10_000  # numpy's own limit
 _CHECK_ROWS = 65_536
 
 
@@ -124,16 +125,23 @@ class EmbeddingStore:
         """Map one `.npy` file a name. Pickled objects inside are refused (`allow_pickle=False`)."""
         mapped: dict[str, _Mapped] = {}
         for name, file in files.items():
+            with open(file, "rb") as stream:
+                magic, version, length = stream.read(6), stream.read(2), int.from_bytes(stream.read(4), "little")
+            if magic == b"\x93NUMPY" and version[:1] > b"\x01" and length > _MAX_NPY_HEADER:
+                # numpy would read all of it first
+                raise BeamDataError(
+                    f"{file}: expected a .npy array of floats for '{name}', found a header of {length:,} bytes"
+                )
             try:
                 array = np.load(file, mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError) as error:
+            except Exception as error:  # of a broken header, any: ValueError, EOFError, SyntaxError, TokenError …
                 raise BeamDataError(f"{file}: expected a .npy array of floats for '{name}', found {error}") from error
             if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
                 raise BeamDataError(
                     f"{file}: expected a row-major array for '{name}', found another file or order of axes"
                 )
             mapped[name] = _Mapped(os.path.abspath(file), array.dtype.str, array.shape, int(array.offset))
-        return cls._from_mapped(mapped)
+        return cls._from_mapped(mapped, ", ".join(map(str, files.values())))
 
     @classmethod
     def from_safetensors(cls, path: str | Path) -> EmbeddingStore:
@@ -148,27 +156,39 @@ class EmbeddingStore:
                 )
             try:
                 header: dict[str, Any] = json.loads(stream.read(length))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BeamDataError(f"{path}: expected a safetensors header, found invalid JSON ({error})") from error
+        if not isinstance(header, dict):
+            raise BeamDataError(f"{path}: expected a safetensors header, found a {type(header).__name__} as such")
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-            dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
-            if dtype is None:
+            try:
+                kind, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+            except (KeyError, TypeError, ValueError):
+                kind, shape, start, end = "", (None,), None, None
+            if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
                 raise BeamDataError(
-                    f"{path}, tensor '{name}': expected F16 or F32, found {entry['dtype']}; convert it"
+                    f"{path}, tensor '{name}': expected dtype, shape and data_offsets, found {str(entry)[:120]}"
                 )
+            dtype = _SAFETENSORS_DTYPES.get(kind)
+            if dtype is None:
+                raise BeamDataError(f"{path}, tensor '{name}': expected F16 or F32, found {kind[:20]}; convert it")
             if end - start != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
                 raise BeamDataError(
                     f"{path}, tensor '{name}': expected {shape} {dtype}, found bytes {start} to {end} of {size}"
                 )
+            if 0 in shape:  # nothing to map
+                raise BeamDataError(f"{path}, tensor '{name}': expected rows and a width, found the shape {shape}")
             mapped[name] = _Mapped(os.path.abspath(path), dtype.str, shape, 8 + length + start)
-        return cls._from_mapped(mapped)
+        return cls._from_mapped(mapped, str(path))
 
     @classmethod
-    def _from_mapped(cls, mapped: dict[str, _Mapped]) -> EmbeddingStore:
-        store = cls({name: place.open() for name, place in mapped.items()})
+    def _from_mapped(cls, mapped: dict[str, _Mapped], source: str) -> EmbeddingStore:
+        try:
+            store = cls({name: place.open() for name, place in mapped.items()})
+        except BeamDataError as error:
+            raise BeamDataError(f"{source}: {error}") from None
         store._mapped = mapped
         return store
 

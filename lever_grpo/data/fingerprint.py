@@ -16,7 +16,7 @@ from typing import Any
 from datasets.data_files import DataFilesList
 
 
-CODE = ("beam_json", "fingerprint", "formats", "groups", "orders", "peek", "pools", "readers", "records")
+CODE = ("beam_json", "columns", "fingerprint", "formats", "groups", "orders", "peek", "pools", "readers", "records")
 
 
 def file_digest(path: str) -> str:

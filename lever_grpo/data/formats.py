@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .groups import NOTES
 from .orders import to_search_order
 from .pools import fill_group, group_of_ids, own_pool
-from .records import Group, Options, Where, as_id, as_ids, as_list, as_optional_score, as_score, is_number
+from .records import Group, Options, Where, as_id, as_ids, as_list, as_object, as_optional_score, as_score, is_number
 
 
 SCORED_FIELDS = {
@@ -56,7 +57,7 @@ def parse_record(
         found = sorted(record) if isinstance(record, Mapping) else record
         where.fail("record", "one of 'id_list', 'beams', 'pointer_candidates', 'sequences'", found)
     if key is not None:
-        if not key.isdecimal():
+        if not key.isdecimal() or len(key) > 19:  # as long as the largest id
             where.fail("key", "the query's row index in the training split", key)
         query_id = as_id(int(key), where, "key")
         if "query_id" in record and as_id(record["query_id"], where, "query_id") != query_id:
@@ -167,16 +168,24 @@ def _beam_ids(beam: Any, query_id: int, where: Where, name: str) -> list[int]:
         where.fail(name, "'shots' or 'full_sequence'", beam)
     if "full_sequence" in beam:
         return as_ids(beam["full_sequence"], where, f"{name}.full_sequence")
-    shots = as_list(beam["shots"], where, f"{name}.shots")
-    return [as_id(shot.get("id"), where, f"{name}.shots[{t}].id") for t, shot in enumerate(shots)][::-1] + [query_id]
+    return [shot for shot, _ in _shots(beam, where, name)][::-1] + [query_id]
+
+
+def _shots(beam: Mapping[str, Any], where: Where, name: str) -> list[tuple[int, Any]]:
+    """Id and score of each shot."""
+    shots = []
+    for t, shot in enumerate(as_list(beam["shots"], where, f"{name}.shots")):
+        shot = as_object(shot, where, f"{name}.shots[{t}]")
+        shots.append((as_id(shot.get("id"), where, f"{name}.shots[{t}].id"), shot.get("score")))
+    return shots
 
 
 def _beam_gains(beam: Any, file_ids: Any, where: Where, name: str) -> list[float]:
     """Gains in search order, joined by id: the order of `shots` need not be trusted."""
     if not isinstance(beam, Mapping) or "shots" not in beam:
         where.fail(name, "'shots' with a score each, as 'shot_scores' is not there", beam)
-    shots = as_list(beam["shots"], where, f"{name}.shots")
-    gain_of = {shot.get("id"): shot.get("score") for shot in shots}
+    shots = _shots(beam, where, name)
+    gain_of = dict(shots)
     picked = [i for i in as_ids(file_ids, where, f"id_list of {name}")[::-1] if i in gain_of]
     if len(picked) != len(shots):
         where.fail(f"{name}.shots", f"the demonstrations of {list(file_ids)}", sorted(gain_of, key=str))
@@ -324,7 +333,7 @@ def parse_group(query_id: int, record: Mapping[str, Any], where: Where, options:
             where.fail(name, f"{n} entries, one a sequence", f"{len(values)} entries")
         return values
 
-    stored = record.get("columns") or {}
+    stored = as_object(record.get("columns"), where, "columns")
     if options.score_weights:
         named = [
             dict(zip(stored, row, strict=True)) for row in zip(*(column(c, stored[c]) for c in stored), strict=True)
@@ -357,10 +366,13 @@ def parse_group(query_id: int, record: Mapping[str, Any], where: Where, options:
         columns=columns,
     )
     group.zero_shot = _zero_shot(record, where)
-    for name, value in (record.get("notes") or {}).items():
-        setattr(
-            group, name, getattr(group, name) + value if not isinstance(value, bool) else getattr(group, name) or value
-        )
+    for name, value in as_object(record.get("notes"), where, "notes").items():
+        if name not in NOTES:
+            where.fail("notes", f"names among {', '.join(NOTES)}", name)
+        counted = type(getattr(group, name)) is int
+        if type(value) is not type(getattr(group, name)) or counted and not 0 <= value < 2**31:
+            where.fail(f"notes.{name}", "a whole number below 2**31" if counted else "true or false", value)
+        setattr(group, name, getattr(group, name) + value if counted else getattr(group, name) or value)
     return group
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..terminal import printable
 from .beam_json import log_metadata
 from .embeddings import EmbeddingStore
 from .groups import NOTES
@@ -317,13 +318,13 @@ def print_report(report: LogReport, title: str = "Beam log", console: Console | 
     ```
     """
     console = console or Console()
-    table = Table(title=escape(title), show_header=False, title_justify="left")
+    table = Table(title=escape(printable(title)), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
 
     def line(name: str, text: str) -> None:
         if text:
-            table.add_row(escape(name), escape(text))
+            table.add_row(escape(printable(name)), escape(printable(text)))
 
     for file, settings in report.settings.items():
         line(f"settings of {file}" if len(report.settings) > 1 else "settings", json.dumps(settings))

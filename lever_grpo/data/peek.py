@@ -37,7 +37,8 @@ def peek(files: Sequence[str]) -> tuple[dict[str, None], set[str], dict[str, Any
                 continue  # the reader proper says what is wrong with it
             kinds.add(kind)
             if kind == "group":
-                found.update(dict.fromkeys(record.get("columns") or {}))
+                columns = record.get("columns")
+                found.update(dict.fromkeys(columns if isinstance(columns, Mapping) else ()))
             elif kind in ("pointer", "scored"):
                 entries = record["pointer_candidates" if kind == "pointer" else "sequences"]
                 skip = POINTER_FIELDS if kind == "pointer" else SCORED_FIELDS

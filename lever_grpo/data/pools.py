@@ -116,7 +116,7 @@ class PoolSource:
     def _read(self) -> dict[int, list[int]]:
         if isinstance(self.source, Mapping):
             where = Where("candidate_pools", "the dict")
-            return {int(key): as_ids(pool, where, str(key)) for key, pool in self.source.items()}
+            return {_row(key, where): as_ids(pool, where, str(key)) for key, pool in self.source.items()}
         pools: dict[int, list[int]] = {}
         path = str(self.source)
         for key, label, record in iter_records(path):
@@ -130,17 +130,31 @@ class PoolSource:
             pool = own_pool(record, where)
             if pool is None:
                 where.fail("candidate_ids", "the pool of the query", sorted(record))
-            pools[int(key) if key is not None else as_id(record["query_id"], where, "query_id")] = pool
+            pools[_row(key, where) if key is not None else as_id(record["query_id"], where, "query_id")] = pool
         return pools
 
 
 def read_external_ids(source: str | Path | Mapping[Any, Any]) -> dict[int, str]:
     """Row id to external id, as text; from a dict or a JSON file of one."""
+    where = Where("external_ids", "the dict")
     if not isinstance(source, Mapping):
+        where = Where(str(source), "the object")
         with open(source, "rb") as stream:
-            source = orjson.loads(stream.read())
+            try:
+                source = orjson.loads(stream.read())
+            except orjson.JSONDecodeError as error:
+                raise BeamDataError(f"{where.file}: expected valid JSON, found {error}") from error
     if not isinstance(source, Mapping):
         raise BeamDataError(
-            f"external_ids: expected an object of row id to external id, found {type(source).__name__}"
+            f"{where.file}: external_ids: expected an object of row id to external id, found {type(source).__name__}"
         )
-    return {int(key): str(value) for key, value in source.items()}
+    return {_row(key, where): str(value) for key, value in source.items()}
+
+
+def _row(key: Any, where: Where) -> int:
+    """The row id that a key of an object stands for: JSON has no other keys than texts."""
+    if isinstance(key, str):
+        if not (key.isdecimal() and len(key) <= 19):  # as long as the largest id
+            where.fail("key", "a row id (a whole number)", key)
+        key = int(key)
+    return as_id(key, where, "key")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NoReturn
@@ -43,7 +43,10 @@ class Where:
     record: str
 
     def fail(self, name: str, expected: str, found: Any, fix: str = "") -> NoReturn:
-        shown = repr(found)
+        try:
+            shown = repr(found)
+        except RecursionError:
+            shown = f"a deeply nested {type(found).__name__}"
         if len(shown) > 120:
             shown = shown[:117] + "..."
         message = f"{self.file}: {self.record}, field '{name}': expected {expected}, found {shown}"
@@ -100,8 +103,8 @@ def as_id(value: Any, where: Where, name: str) -> int:
 def as_ids(values: Any, where: Where, name: str) -> list[int]:
     """A list of row ids."""
     values = as_list(values, where, name)
-    # the type test first: most files are right, and this runs for every id of the log
-    if all(type(value) is int and 0 <= value <= MAX_ID for value in values):
+    # all at once first: most files are right, and this runs for every id of the log
+    if not values or (set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= MAX_ID):
         return values
     return [as_id(value, where, f"{name}[{i}]") for i, value in enumerate(values)]
 
@@ -117,11 +120,23 @@ def as_list(values: Any, where: Where, name: str) -> list[Any]:
     where.fail(name, "a list", values)
 
 
+def as_object(value: Any, where: Where, name: str) -> Mapping[str, Any]:
+    """A JSON object; an empty one where the field is missing or null."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        where.fail(name, "an object", value)
+    return value
+
+
 def as_score(value: Any, where: Where, name: str) -> float:
     """A finite number. NaN, infinities, missing values and text are refused."""
     if isinstance(value, str) or not isinstance(value, Real):
         where.fail(name, "a finite number", value, "drop the sequence from the log, or mark it 'eval_failed': true")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond all floats
+        number = math.inf
     if not math.isfinite(number):
         where.fail(name, "a finite number", value, "drop the sequence from the log, or mark it 'eval_failed': true")
     return number

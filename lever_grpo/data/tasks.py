@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -281,7 +282,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
         try:
             dataset = datasets.load_from_disk(str(path))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:  # the others: of a damaged one
             raise BeamDataError(f"{path}: expected a folder that Dataset.save_to_disk wrote, found another") from error
         if isinstance(dataset, datasets.DatasetDict):
             raise BeamDataError(f"{path}: expected one split, found {sorted(dataset)}; pass the folder of one of them")
@@ -304,10 +305,10 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         with open_binary(str(path)) as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    yield f"line {number}", json.loads(line)
-    except (OSError, EOFError) as error:
+                    yield f"line {number}", json.loads(str(line, "utf-8"))
+    except (OSError, EOFError, zlib.error) as error:
         raise BeamDataError(f"{path}: expected a file that can be unpacked, found {error}") from error
-    except ValueError as error:  # of the JSON, or of bytes that are no text
+    except (ValueError, RecursionError) as error:  # of the JSON, or of bytes that are no text
         raise BeamDataError(f"{path}: line {number}: expected one JSON record a line, found {error}") from error
 
 
@@ -317,7 +318,7 @@ def _read_json(path: str | os.PathLike) -> Any:
     with open_binary(str(path)) as stream:
         try:
             return orjson.loads(stream.read())
-        except ValueError as error:
+        except (ValueError, OSError, EOFError, zlib.error) as error:  # the others: of a damaged gzip file
             raise BeamDataError(f"{path}: expected valid JSON, found {error}; is the file cut short?") from error
 
 
@@ -354,7 +355,7 @@ def _example(position: int, record: Any, where: Where, folder: Path, need_answer
 
 def _image(value: Any, where: Where, folder: Path) -> Path | bytes | None:
     if isinstance(value, Mapping):
-        value = value["path"] if value.get("bytes") is None else value["bytes"]
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if value is None:
         return None
     if isinstance(value, bytes):
@@ -365,7 +366,11 @@ def _image(value: Any, where: Where, folder: Path) -> Path | bytes | None:
     path = Path(os.path.normpath(folder / value))
     if not path.is_relative_to(folder):
         where.fail("image", f"a path inside {folder}", value, "put the images below the task file")
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # a name longer than names can be
+        there = False
+    if not there:
         where.fail("image", f"a file in {folder}", value)
     return path
 
@@ -386,6 +391,10 @@ def _list_in(content: Any, name: str, path: str | os.PathLike) -> list[Any]:
 def _text(value: Any, name: str, where: Where) -> str:
     if not isinstance(value, str) or _is_blank(value):
         where.fail(name, "text that is not blank", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        where.fail(name, "text that can be written as UTF-8", value, "it has half of a surrogate pair")
     return value
 
 

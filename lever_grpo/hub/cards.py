@@ -140,7 +140,7 @@ def selector_card(
     ```
     """
     folder = Path(selector)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     report = _read_json(None if run is None else Path(run, REPORT_FILE))
     log = _read_json(None if run is None else Path(run, LOG_FILE))
     name = repo_id.rsplit("/", 1)[-1]

@@ -14,6 +14,9 @@ from .frozen_model import open_store
 from .generate_arguments import GenerateArguments
 
 
+MAX_GAPS = 100  # places of a table for each row, beyond a million
+
+
 def choose_queries(arguments: GenerateArguments, rows: Sequence[Example]) -> tuple[list[int], list[int]]:
     """Row ids of the queries, ascending, and of the candidates."""
     about = {row.id: row.entity if row.entity is not None else row.id for row in rows}
@@ -114,6 +117,11 @@ def _image_embeddings(arguments: GenerateArguments, rows: dict[int, Example]) ->
 
 
 def _by_row(rows: dict[int, Example], embeddings: np.ndarray) -> np.ndarray:
+    if max(rows) >= MAX_GAPS * len(rows) + 1_000_000:
+        raise ValueError(
+            f"row id {max(rows)} is far above the number of rows, {len(rows)}: embeddings are tables with a place for "
+            "every id up to the largest; number the rows from 0 on."
+        )
     table = np.zeros((max(rows) + 1, embeddings.shape[1]), dtype=embeddings.dtype)
     table[list(rows)] = embeddings
     return table

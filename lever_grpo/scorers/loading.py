@@ -30,8 +30,8 @@ def load_language_model(
                 raise ValueError(f"dtype={dtype!r} must be auto, float32, bfloat16 or float16.")
             model = model.to(wanted)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, trust_remote_code=False)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device), tokenizer, revision or getattr(model.config, "_commit_hash", None)
@@ -46,9 +46,11 @@ def _from_gguf(path: str, gguf_file: str, revision: str | None, cache_dir: str |
             digest.update(block)
     folder = Path(cache_dir or "") / f"{Path(gguf_file).stem}-{digest.hexdigest()[:16]}"
     if cache_dir is None or not folder.exists():
-        tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, gguf_file=gguf_file, revision=revision, trust_remote_code=False
+        )
         packed = AutoModelForCausalLM.from_pretrained(
-            path, gguf_file=gguf_file, revision=revision, dtype=torch.float32
+            path, gguf_file=gguf_file, revision=revision, dtype=torch.float32, trust_remote_code=False
         )
         # the weights are plain by now, but a model that remembers having been packed cannot be saved
         config = type(packed.config).from_dict(

@@ -169,7 +169,7 @@ class VisionLanguageScorer:
         ```
         """
         try:
-            processor = AutoProcessor.from_pretrained(path, revision=revision)
+            processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
         except ImportError as error:
             raise ImportError(
                 f"{error}\nPackages for images are installed by pip install 'lever_grpo[vision]'"
@@ -184,8 +184,12 @@ class VisionLanguageScorer:
                     "or set processor.image_processor.size yourself."
                 )
             # given to AutoProcessor, they would also become settings of the tokenizer
-            processor.image_processor = AutoImageProcessor.from_pretrained(path, revision=revision, **pixels)
-        model: Any = AutoModelForImageTextToText.from_pretrained(path, revision=revision, dtype=dtype)
+            processor.image_processor = AutoImageProcessor.from_pretrained(
+                path, revision=revision, trust_remote_code=False, **pixels
+            )
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            path, revision=revision, dtype=dtype, trust_remote_code=False
+        )
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         revision = revision or getattr(model.config, "_commit_hash", None)

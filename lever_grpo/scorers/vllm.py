@@ -176,7 +176,8 @@ class VLLMScorer:
 
         ```
         """
-        return cls(url, model, AutoTokenizer.from_pretrained(tokenizer or model, revision=revision), **options)
+        read = AutoTokenizer.from_pretrained(tokenizer or model, revision=revision, trust_remote_code=False)
+        return cls(url, model, read, **options)
 
     def score(self, prompts: Sequence[Prompt]) -> list[NDArray[np.float64] | None]:
         """

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, EvalPrediction
+from transformers import EvalPrediction
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import fully_scored
 from ..hub.trainer import HubTrainer
 from ..metrics import expected_reward, rank_correlations
+from ..models import load_selector
 from ..objectives import combine_rewards, reward_from_columns, sequence_coherence, sequence_diversity, step_entropy
 from .checkpoints import load_memory, save_memory
 from .selector_config import SelectorTrainingArguments
@@ -54,7 +55,7 @@ class SelectorTrainer(HubTrainer):
                 "share candidates: start a process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
             )
         if isinstance(model, str):
-            model = AutoModel.from_pretrained(model)
+            model = load_selector(model)
         if peft_config is not None:
             from peft import get_peft_model
 
