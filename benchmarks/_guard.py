@@ -26,9 +26,9 @@ def measure() -> dict[str, float]:
     found = {}
     for name, (benchmark, arguments) in QUICK.items():
         report = benchmark.run(benchmark.parse(arguments))
-        found |= {
-            f"{name}: {target}": row["median"] for target, row in report["targets"].items() if ">=" in row["target"]
-        }
+        for target, row in report["targets"].items():
+            if ">=" in row["target"] and "epoch" not in target:  # an epoch of a small log is noise
+                found[f"{name}: {target}"] = row["median"]
     return found
 
 

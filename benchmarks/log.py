@@ -13,8 +13,10 @@ with no check, to lists in memory (loop), and these to a `Dataset` (loop + Datas
 which a busy machine spoils less than those of the clock; both are in the report. Memory is the peak above that after
 the imports and a first small log.
 
-Then an epoch through `DataCollatorForBeams` and a shuffling `DataLoader` over the smallest and the largest log. There
-memory is what is not backed by a file: the Arrow file is mapped, and its pages come and go as the system likes.
+Then an epoch through `DataCollatorForBeams` and a shuffling `DataLoader` over the largest log, and as many over the
+smallest as give the same number of groups: Python's garbage collector runs every few thousand groups, so that a short
+run would be spared it. There memory is what is not backed by a file: the Arrow file is mapped, and its pages come and
+go as the system likes.
 
     python benchmarks/log.py [--quick | --full] [--output log.json]
 """
@@ -179,7 +181,7 @@ def measure(side: str, path: str, kind: str, cache: str, small: str) -> dict:
     return {"seconds": seconds, "wall": wall, "peak": memory("VmHWM") - before, "groups": len(groups)}
 
 
-def measure_epoch(path: str, cache: str, rows: int, batch: int) -> dict:
+def measure_epoch(path: str, cache: str, rows: int, batch: int, count: int) -> dict:
     import numpy as np
     import torch
     from torch.utils.data import DataLoader
@@ -194,11 +196,14 @@ def measure_epoch(path: str, cache: str, rows: int, batch: int) -> dict:
     next(iter(loader))
     before = highest = memory("RssAnon")
     start, clock = time.process_time(), time.perf_counter()
-    for step, _ in enumerate(loader):
-        if step % 16 == 0:
-            highest = max(highest, memory("RssAnon"))
+    seen = 0
+    while seen < count:
+        for step, _ in enumerate(loader):
+            if step % 16 == 0:
+                highest = max(highest, memory("RssAnon"))
+        seen += len(groups)
     seconds, wall = time.process_time() - start, time.perf_counter() - clock
-    return {"seconds": seconds, "wall": wall, "peak": highest - before, "groups": len(groups)}
+    return {"seconds": seconds, "wall": wall, "peak": highest - before, "groups": seen}
 
 
 def child(function: str, *arguments: str | int) -> dict:
@@ -262,7 +267,7 @@ def run(args: argparse.Namespace) -> dict:
             for _ in range(args.repeats):
                 for size, found in epochs.items():
                     needed = max(sizes[-1], 2 * args.pool) + 1
-                    found.append(child("measure_epoch", str(paths[size]), caches[size], needed, args.batch))
+                    found.append(child("measure_epoch", str(paths[size]), caches[size], needed, args.batch, sizes[-1]))
             for size, found in epochs.items():
                 rows[str(size)]["epoch"] = {
                     "groups_per_second": spread([one["groups"] / one["seconds"] for one in found]),

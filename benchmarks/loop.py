@@ -31,6 +31,7 @@ from lever_grpo.objectives import exact_kl, group_advantages, group_policy_loss
 TARGET = 0.85  # of the bare loop's groups per second
 BETA = 0.04
 WIDTH = 768
+LOGGING_STEPS = 10
 
 
 def make_data(folder: Path, groups: int, beams: int = 5, shots: int = 2, pool: int = 64, width: int = WIDTH) -> None:
@@ -81,7 +82,7 @@ class Sides:
             beta=BETA,
             adaptive_beta=False,
             dataloader_num_workers=args.workers,
-            logging_steps=10,
+            logging_steps=LOGGING_STEPS,
             eval_strategy="no",
             save_strategy="no",
             load_best_model_at_end=False,
@@ -110,13 +111,12 @@ class Sides:
         return time.perf_counter() - start, trainer.state.log_history[-2]["loss"]
 
     def bare(self) -> tuple[float, float]:
-        """Seconds of the loop without a trainer, and the mean loss of its last ten steps."""
-        args, model = self.config, copy.deepcopy(self.start).train().to(self.batches[0]["sequences"].device)
+        """Seconds of the loop without a trainer, and the mean loss of the steps of that log."""
+        trainer = self.trainer()
+        args, model = self.config, trainer.model.train()
         reference = copy.deepcopy(model).eval().requires_grad_(False)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-        plan = self.trainer().args.stage_plan(len(self.batches))
-        assert plan.rce == plan.grpo_early == 0
-        schedule = self.trainer().create_scheduler(len(self.batches), optimizer)
+        optimizer = trainer.create_optimizer()
+        schedule = trainer.create_scheduler(len(self.batches), optimizer)
         losses = []
         start = time.perf_counter()
         for batch in self.batches:
@@ -134,7 +134,15 @@ class Sides:
             advantages = group_advantages(
                 batch["rewards"]["score"], beams, scale_rewards=args.scale_rewards, clip=args.advantage_clip
             )
-            policy, _ = group_policy_loss(output.log_probs, None, advantages, mask, beams)
+            policy, _ = group_policy_loss(
+                output.log_probs,
+                None,
+                advantages,
+                mask,
+                beams,
+                loss_type=args.loss_type,
+                importance_sampling_level=args.importance_sampling_level,
+            )
             kl = exact_kl(output.step_log_probs, before, args.kl_direction, mask)
             loss = (policy + BETA * kl.sum((-1, -2)) / mask.sum((-1, -2))).mean()
             loss.backward()
@@ -144,7 +152,8 @@ class Sides:
             optimizer.zero_grad()
             losses.append(loss.detach())
         taken = time.perf_counter() - start
-        return taken, torch.stack(losses[-10:]).mean().item()
+        last = len(losses) // LOGGING_STEPS * LOGGING_STEPS  # what the trainer's last log is about
+        return taken, torch.stack(losses[last - LOGGING_STEPS : last]).mean().item()
 
 
 def run(args: argparse.Namespace) -> dict:

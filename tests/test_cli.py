@@ -268,7 +268,7 @@ def test_usage(arguments, capsys):
 
 def test_ctrl_c(tmp_path, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(lever_grpo.data, "load_beams", interrupted)
     assert main(["inspect", "log.json"]) == 130

@@ -180,7 +180,7 @@ def plain_table(batch: list[Record], options: Options, schema: pa.Schema) -> pa.
                 lists += _brackets(record[name])
             _need(text.count(b"[") == lists and (b"\\" not in text or b"\\u005" not in text))
         del record  # the parser takes the next text when nothing refers to this one
-    _need(all(key is None or key.isdecimal() for key, _, _ in batch))
+    _need(all(key is None or (key.isdecimal() and len(key) <= 19) for key, _, _ in batch))  # as long as the largest id
     _need(not stated or (set(map(type, stated)) == {int} and stated == flat.query_ids))
     return _table(flat, options, schema)
 
@@ -273,6 +273,7 @@ def _add_group(flat: Flat, record: Any, fields: list[str], options: Options) -> 
             lists += 1
     if "columns" in fields:
         columns = record["columns"]
+        _need(isinstance(columns, simdjson.Object))
         lists += len(_names(columns))
         for name in options.reward_columns:
             _need(len(columns[name]) == count)
@@ -477,5 +478,6 @@ def _notes(notes: Mapping[str, Any], count: int, types: pa.StructType) -> pa.Str
         kind = int if name in NOTES[:3] else bool
         values = notes.get(name, [kind()] * count)
         _need(len(values) == count and (isinstance(values, np.ndarray) or set(map(type, values)) == {kind}))
+        _need(min(values) >= 0)
         arrays.append(pa.array(values, note.type))
     return pa.StructArray.from_arrays(arrays, NOTES)

@@ -90,8 +90,7 @@ def spoil(rng, record, query_id):
             for item in value.values() if isinstance(value, dict) else value:
                 walk(item)
 
-    walk({name: value for name, value in record.items() if name != "notes"})  # these are counts that we wrote
-    holders[0] = record
+    walk(record)
     holder = rng.choice(holders)
     place = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
     trap = rng.choice(["replace", "query", "remove", "wrap", "copy", "add"])
@@ -254,7 +253,9 @@ def test_what_needs_care_is_not_plain(change, value):
         ("source", ["a", None]),
         ("columns", {"f1": [0.5, "0.5"]}),
         ("columns", {"f1": [0.5]}),
+        ("columns", []),
         ("notes", {"failed": True}),
+        ("notes", {"failed": -1}),
         ("notes", {"other": 1}),
     ],
 )
@@ -265,6 +266,12 @@ def test_what_needs_care_in_a_group_is_not_plain(change, value):
     assert plain_table([(None, "", orjson.dumps(record))], options, schema)["scores"].to_pylist() == [[0.5, 0.25]]
     with pytest.raises(columns.NOT_PLAIN):
         plain_table([(None, "", orjson.dumps({**record, change: value}))], options, schema)
+
+
+def test_a_key_longer_than_any_id_is_not_plain():
+    text = b'{"id_list": [[10, 7]], "score_list": [0.5], "pool": [10]}'
+    with pytest.raises(NotPlain):
+        plain_table([("7".zfill(20), "", text)], Options(), group_features().arrow_schema)
 
 
 def test_a_key_that_stands_twice_in_a_record_is_not_plain():
