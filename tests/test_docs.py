@@ -4,6 +4,7 @@ A block that is neither run nor read by a parser stands under `<!-- not run: rea
 and relative links are checked in `test_packaging.py`.
 """
 
+import argparse
 import ast
 import json
 import os
@@ -31,6 +32,7 @@ from lever_grpo.objectives.policy_losses import LOSS_TYPES
 from lever_grpo.pipeline import parse
 from lever_grpo.pipeline.evaluate import parse_evaluate
 from lever_grpo.pipeline.generate import parse_generate
+from lever_grpo.pipeline.launch import NO_LAUNCH, packaged_configs
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,9 +133,10 @@ SCRIPTS: dict[str, Parser] = {
 
 
 def commands(block: str) -> Iterator[list[str]]:
-    """Commands as lists of words, without the `…` that stands for what was said before."""
+    """Commands as lists of words, without the `…` that stands for what was said before, and without redirections."""
     for line in block.replace("\\\n", " ").splitlines():
         words = [word for word in shlex.split(line, comments=True) if word != "…"]
+        words = words[: words.index(">")] if ">" in words else words
         while "&&" in words:
             cut = words.index("&&")
             yield words[:cut]
@@ -171,7 +174,11 @@ def check(words: list[str]) -> None:
     if program == "lever-grpo":
         parsed = build_parser().parse_args(rest)
         if rest[0] in SUBCOMMANDS:
-            SUBCOMMANDS[rest[0]](parsed.arguments)
+            of_the_command = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+            of_the_command.add_argument("--accelerate_config", choices=[*packaged_configs(), NO_LAUNCH])
+            of_the_command.add_argument("--num_processes", type=int)
+            of_the_command.add_argument("--json", action="store_true")
+            SUBCOMMANDS[rest[0]](of_the_command.parse_known_args(parsed.arguments)[1])
     elif program == "accelerate":
         launch = launch_command_parser().parse_args(rest[1:])
         assert rest[0] == "launch" and (launch.config_file is None or Path(launch.config_file).is_file()), words
