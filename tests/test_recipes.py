@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lever_grpo import GroupBeamGRPOConfig, SelectorSFTConfig
-from lever_grpo.pipeline import parse
+from lever_grpo import (
+    DataCollatorForBeams,
+    EmbeddingStore,
+    GroupBeamGRPOConfig,
+    SelectorSFTConfig,
+    load_sample,
+)
+from lever_grpo.pipeline import RecipeArguments, parse
+from lever_grpo.pipeline.stages import build_selector
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -105,3 +112,18 @@ def test_two_steps_of_each_stage(name, planted_files, tmp_path, processes):
     assert "dry run: all is well" in errors.read_text()
     assert ("(2, 2, 2)" in errors.read_text()) == (name == "okvqa_v3")
     assert not list(folder.iterdir())
+
+
+def test_the_ablations_versions_can_be_built():
+    ablate = runpy.run_path(str(RECIPES / "ablate.py"))
+    sample = load_sample("country_facts")
+    store = EmbeddingStore.open(sample.folder / "embeddings.safetensors")
+    collator = DataCollatorForBeams(store, sample.query_features, sample.candidate_features)
+    for about in ablate["VERSIONS"].values():
+        recipe = RecipeArguments(model_preset=about["preset"], model_init_kwargs=about.get("options"), hidden_dim=8)
+        recipe.num_set_layers = about.get("num_set_layers", 0)
+        config = build_selector(recipe, collator).config
+        assert all(getattr(config, name) == value for name, value in about.get("options", {}).items())
+    keys = [ablate["key"]("grpo", version) for version in ablate["VERSIONS"]]
+    assert len(set(keys)) == len(keys) and all(key.isidentifier() for key in keys)
+    assert ablate["REFERENCE"] in ablate["VERSIONS"]
