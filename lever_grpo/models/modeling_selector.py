@@ -89,7 +89,8 @@ class Pools:
 
     def gather(self, encoded: torch.Tensor) -> torch.Tensor:
         """(B, K, H) of candidates that were encoded once each, (U, H) or (B, K, H)."""
-        return encoded if self.indices is None else encoded[self.indices]
+        # `embedding` instead of an index: its backward is twice as fast
+        return encoded if self.indices is None else F.embedding(self.indices, encoded)
 
 
 @dataclass
