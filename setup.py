@@ -39,6 +39,7 @@ REQUIREMENTS = [
     "jinja2>=3.1",
     "markupsafe>=2.1",
     "pyyaml>=6.0.1",
+    "filelock>=3.20",
 ]
 
 EXTRAS = {

@@ -1,13 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders that one run writes at a time."""
 
 from __future__ import annotations
 
 import os
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from filelock import FileLock, Timeout
+
+
+LOCK_FILE = ".lock"
 
 
 @contextmanager
@@ -47,6 +52,41 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def one_run(folder: Path, wanted: bool = True) -> Iterator[None]:
+    """
+    Keeps a folder for this process as long as the context lasts; the system lifts the lock when the process ends,
+    however it does.
+
+    Args:
+        folder (`Path`):
+            Made if it is not there, and removed again if nothing was written to it.
+        wanted (`bool`, *optional*, defaults to `True`):
+            False in the processes of a run that leave the folder to their main process.
+
+    Raises:
+        ValueError: if another run writes there.
+    """
+    if not wanted:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"output_dir={str(folder)!r} is being written by another run; wait for its end, or name another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows deletes no open file; a folder that holds something stays
+            (folder / LOCK_FILE).unlink()
+            folder.rmdir()
+        lock.release()
 
 
 def refuse_links(paths: Iterable[Path]) -> None:

@@ -424,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lever-grpo: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("LEVER_GRPO_DEBUG"):
             raise
         # BeamDataError is a ValueError; what the user can mend is one line, what is our fault keeps its traceback

@@ -1,9 +1,6 @@
-"""From files to a report, in all the ways that the recipes can be run; and from any interruption to the same end."""
+"""From files to a report, in all the ways that the recipes can be run."""
 
 import json
-import os
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from planted import assert_same_weights, make_args, weights_of
-from transformers import AutoModel, TrainerCallback
+from transformers import AutoModel
 
 from lever_grpo import PointerSelector, SelectorSFTConfig
 from lever_grpo.data import EmbeddingStore
@@ -279,80 +276,3 @@ def test_dry_run_writes_nothing(planted_files, tmp_path, monkeypatch, caplog, op
 def test_dry_run_finds_mistakes(planted_files, tmp_path):
     with pytest.raises(ValueError, match="needs the column 'absent'"):
         run(make_recipe(planted_files, dry_run=True), make_args(tmp_path, reward="absent"))
-
-
-# ---- interruptions ----
-
-
-class Kill(TrainerCallback):
-    """Ends the process at once in a stage, at a step, before or after its checkpoint."""
-
-    stage, step, event = "", -1, ""
-
-    def _at(self, args, state, event):
-        if (Path(args.output_dir).name, state.global_step, event) == (Kill.stage, Kill.step, Kill.event):
-            os._exit(9)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._at(args, state, "step")
-
-    def on_save(self, args, state, control, **kwargs):
-        self._at(args, state, "save")
-
-
-class Slow(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        time.sleep(0.1)
-
-
-def run_in_child(files: dict[str, str], output: str, kill: tuple[str, int, str] | None, slow: bool) -> None:
-    import transformers.trainer
-
-    torch.set_num_threads(1)
-    if kill is not None:
-        Kill.stage, Kill.step, Kill.event = kill
-        transformers.trainer.DEFAULT_CALLBACKS.append(Kill)
-    if slow:
-        transformers.trainer.DEFAULT_CALLBACKS.append(Slow)
-    run(full_recipe(files), make_args(output, learning_rate=0.02, seed=3, resume_from_checkpoint="true"))
-
-
-def start(processes, files, output, kill=None, slow=False):
-    child = processes.Process(target=run_in_child, args=(files, str(output), kill, slow))
-    child.start()
-    return child
-
-
-def test_killed_again_and_again_the_run_ends_the_same(finished, planted_files, tmp_path, processes):
-    """Through the supervised stage and all stages of post-training, in and between epochs, before and after saving."""
-    kills = [("sft", 2, "step"), ("sft", 3, "save")]  # every step of post-training: tests/trainer/test_resume.py
-    kills += [("grpo", 1, "step"), ("grpo", 3, "save"), ("grpo", 5, "step"), ("grpo", 8, "step"), ("grpo", 9, "save")]
-    output = tmp_path / "out"
-    for kill in kills:
-        child = start(processes, planted_files, output, kill)
-        child.join(120)
-        assert child.exitcode == 9, f"{kill} was not reached"
-        assert not (output / "grpo").exists()
-    child = start(processes, planted_files, output)
-    child.join(120)
-    assert child.exitcode == 0
-    undisturbed, report = finished
-    assert selector_bytes(output) == selector_bytes(undisturbed)
-    assert json.loads((output / "report.json").read_text())["methods"] == report["methods"]
-
-
-def test_kill_9_while_a_checkpoint_is_written(finished, planted_files, tmp_path, processes):
-    output = tmp_path / "out"
-    for name in ("sft/checkpoint-3", "grpo/checkpoint-0", "grpo/checkpoint-6"):
-        child = start(processes, planted_files, output, slow=True)
-        checkpoint = output / "checkpoints" / name
-        deadline = time.monotonic() + 120
-        while not checkpoint.exists() and child.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.0005)
-        os.kill(child.pid, signal.SIGKILL)
-        child.join(30)
-        assert child.exitcode == -signal.SIGKILL and checkpoint.exists()
-    child = start(processes, planted_files, output)
-    child.join(120)
-    assert child.exitcode == 0
-    assert selector_bytes(output) == selector_bytes(finished[0])

@@ -83,6 +83,8 @@ def collate_groups(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], n
     the U different candidates, into which `candidate_indices` points."""
     query_ids = np.array([row["query_id"] for row in rows], dtype=np.int64)
     pool_sizes = np.array([len(row["candidate_ids"]) for row in rows])
+    if not pool_sizes.all():
+        raise BeamDataError(f"query {query_ids[pool_sizes.argmin()]}: expected at least one candidate, found none")
     candidate_mask = _mask(pool_sizes)  # (B, K)
     flat_ids = np.fromiter(chain.from_iterable(row["candidate_ids"] for row in rows), np.int64, int(pool_sizes.sum()))
     unique_ids, inverse = np.unique(flat_ids, return_inverse=True)
@@ -139,7 +141,15 @@ def _per_sequence(values: list[Any], beam_mask: np.ndarray, name: str, query_ids
     for row, size, query in zip(full, sizes, query_ids, strict=True):
         if len(row) != size:
             raise BeamDataError(f"query {query}: expected {size} values of '{name}', one a sequence, found {len(row)}")
-    out = np.zeros(beam_mask.shape, dtype=np.float32)
     # numpy turns None into NaN when a float array is asked for
-    out[beam_mask] = np.array(list(chain.from_iterable(full)), dtype=np.float32)
+    flat = np.array(list(chain.from_iterable(full)), dtype=np.float64)
+    out = np.zeros(beam_mask.shape, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        out[beam_mask] = flat
+    if np.isinf(out).any():
+        query = query_ids[np.isinf(out).any(axis=1)][0]
+        raise BeamDataError(
+            f"query {query}: expected '{name}' in the range of float32, up to 3.4e38, found "
+            f"{flat[np.isinf(out[beam_mask])][0]:g}; scale the log's values, or drop the sequence"
+        )
     return out

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -233,7 +233,8 @@ class EmbeddingStore:
         """Rows of the named features side by side, as float32: (len(ids), sum of widths).
 
         Raises:
-            [`BeamDataError`]: an id has no row, or a name is not there.
+            [`BeamDataError`]: an id has no row, a name is not there, or a row holds a NaN, an infinity or a number
+                beyond float32.
         """
         rows = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
         self.check_ids(rows)
@@ -241,7 +242,12 @@ class EmbeddingStore:
         start = 0
         for name in names:
             array = self._arrays[name]
-            out[:, start : start + array.shape[1]] = array[self._index[name][rows] if name in self._index else rows]
+            part = out[:, start : start + array.shape[1]]
+            with np.errstate(over="ignore", invalid="ignore"):
+                part[:] = array[self._index[name][rows] if name in self._index else rows]
+                total = part.sum(dtype=np.float64)  # in which the sum of finite numbers is finite
+            if not np.isfinite(total):
+                _refuse_rows(name, np.unique(rows[~np.isfinite(part).all(axis=1)]))
             start += array.shape[1]
         return out
 
@@ -270,10 +276,7 @@ class EmbeddingStore:
         for name in self.names if names is None else names:
             rows = self.non_finite_rows(name)
             if len(rows):
-                shown = ", ".join(map(str, rows[:5]))
-                raise BeamDataError(
-                    f"embeddings '{name}': expected finite numbers, found NaN or infinity in {len(rows)} rows: {shown}"
-                )
+                _refuse_rows(name, rows)
 
     def _check_names(self, names: Sequence[str]) -> None:
         if isinstance(names, str):
@@ -281,3 +284,10 @@ class EmbeddingStore:
         unknown = [name for name in names if name not in self._arrays]
         if unknown or not names:
             raise BeamDataError(f"expected names of embeddings among {self.names}, found {unknown or list(names)}")
+
+
+def _refuse_rows(name: str, rows: np.ndarray) -> NoReturn:
+    shown = ", ".join(map(str, rows[:5]))
+    raise BeamDataError(
+        f"embeddings '{name}': expected finite numbers, found NaN or infinity in {len(rows)} rows: {shown}"
+    )

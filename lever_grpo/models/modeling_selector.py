@@ -405,6 +405,11 @@ class SelectorModel(PreTrainedModel):
         for step in range(num_shots):
             picks = sequences.clamp(min=0)
             distribution = self._step_log_probs(encoding, state, available, picks, temperature, step >= min_shots)
+            if step == 0 and (broken := distribution.isnan().any(-1).any(-1)).any():  # the highest would be NaN
+                raise ValueError(
+                    f"query {int(broken.nonzero()[0])} of the batch has log-probabilities that are NaN: embeddings "
+                    "and weights must be finite; EmbeddingStore.check_finite names rows that are not."
+                )
             if self.stop_head is not None:
                 distribution = _decide_to_stop(distribution, ended, greedy=width == 1 and not do_sample)
             actions = distribution.shape[-1]

@@ -31,11 +31,13 @@ def _as_groups(rewards: Tensor, mask: Tensor | None, what: str = "rewards") -> t
     rewards, mask = rewards.reshape(-1, rewards.shape[-1]), mask.reshape(-1, mask.shape[-1])
     # Not a product with the mask: 0 * NaN would let padding through.
     values = torch.where(mask, rewards, 0.0)  # (B, G)
-    if not torch.isfinite(values).all():
-        group, beam = (~torch.isfinite(values)).nonzero()[0].tolist()
+    limit = torch.finfo(values.dtype).max / 4  # so that differences are finite, too
+    good = values.abs() <= limit  # a NaN is not
+    if not good.all():
+        group, beam = (~good).nonzero()[0].tolist()
         raise ValueError(
-            f"{what}[{group}, {beam}] is {values[group, beam].item()}: a live beam needs a finite value; "
-            "drop the beam when the log is read, or set its mask entry to False."
+            f"{what}[{group}, {beam}] is {values[group, beam].item()}: a live beam needs a finite value, of at most "
+            f"{limit:.1e}; drop the beam when the log is read, scale the scores, or set its mask entry to False."
         )
     return values, mask
 
@@ -381,7 +383,9 @@ def group_advantages(
         if batch_std is not None and not unit_of_batch > 0:
             raise ValueError(f"batch_std={batch_std}: must be above 0; leave it out to take it from the batch.")
         # It is 0 only where every group is tied, and then the advantages are 0 whatever they are divided by.
-        advantages = (unit + baseline_shift * std) * (spread / torch.where(unit_of_batch > 0, unit_of_batch, 1.0))
+        factor = spread / torch.where(unit_of_batch > 0, unit_of_batch, 1.0)  # (B, 1)
+        # An infinite factor would make a beam at the mean NaN.
+        advantages = (unit + baseline_shift * std) * factor.clamp(max=torch.finfo(factor.dtype).max)
     else:
         advantages = _centred_ranks(values, live, epsilon)
         rank_variance = advantages.square().sum(-1, keepdim=True) / (live.sum(-1, keepdim=True) - 1).clamp(min=1)

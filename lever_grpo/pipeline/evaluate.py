@@ -21,7 +21,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from ..atomic import atomic_file, refuse_links
+from ..atomic import atomic_file, one_run, refuse_links
 from ..data import DataCollatorForBeams, EmbeddingStore, list_samples, load_beams, load_sample, to_prompt_order
 from ..data.examples import Example
 from ..data.pools import PoolSource
@@ -87,6 +87,11 @@ def evaluate(arguments: EvaluateArguments, scorer: Scorer | None = None) -> dict
     ```
     """
     state = PartialState(cpu=arguments.device == "cpu" or not torch.accelerator.is_available())
+    with one_run(Path(arguments.output_dir), wanted=state.is_main_process):
+        return _evaluate(arguments, scorer, state)
+
+
+def _evaluate(arguments: EvaluateArguments, scorer: Scorer | None, state: PartialState) -> dict[str, Any]:
     output = Path(arguments.output_dir)
     queries = load_queries(arguments)
     judges = make_judges(arguments.metrics, queries.rows.values())

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..atomic import one_run
 from ..scorers import Scorer
 from .frozen_model import load_rows, make_scorer
 from .generate_arguments import GenerateArguments, parse_generate
@@ -62,6 +63,11 @@ def generate(arguments: GenerateArguments, scorer: Scorer | None = None) -> Path
     # without a GPU, processes find each other only when they are told so; they wait for the slowest one
     on_cpu = arguments.device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
+    with one_run(Path(arguments.output_dir), wanted=state.is_main_process):
+        return _generate(arguments, scorer, state)
+
+
+def _generate(arguments: GenerateArguments, scorer: Scorer | None, state: PartialState) -> Path:
     began = time.monotonic()
     output = Path(arguments.output_dir)
     log = output / arguments.log_name

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerState, TrainingArguments
 
-from ..atomic import refuse_links
+from ..atomic import one_run, refuse_links
 from ..data import DataCollatorForBeams, load_sample
 from ..data.readers import local_files
 from ..hub.cards import LOG_FILE, describe_log
@@ -59,6 +59,13 @@ def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig) 
     output = Path(str(args.output_dir))
     if recipe.resume_from_hub is not None:
         args.resume_from_checkpoint = "true"
+    with one_run(output, wanted=PartialState().is_main_process):
+        return _run(recipe, args, output)
+
+
+def _run(
+    recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig, output: Path
+) -> dict[str, Any] | None:
     state = PartialState()
     with state.main_process_first():
         if state.is_main_process:

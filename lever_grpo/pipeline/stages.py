@@ -33,6 +33,7 @@ from .task_data import TaskData
 
 
 logger = logging.getLogger(__name__)
+_SPEED = ("_runtime", "_per_second")
 _SHARED_OPTIONS = {"num_set_layers"}  # of recipes, which not every kind of selector has
 
 
@@ -260,4 +261,12 @@ def start_with_sft(
 
 
 def _log_history(path: Path) -> list[dict[str, Any]]:
-    return TrainerState.load_from_json(str(path)).log_history if path.exists() else []
+    """What was logged, without what tells of the machine: the same run gives the same log."""
+    if not path.exists():
+        return []
+    entries = TrainerState.load_from_json(str(path)).log_history
+    return [
+        {name: value for name, value in entry.items() if not name.endswith(_SPEED)}
+        for entry in entries
+        if "train_runtime" not in entry  # the end of a training, or of its last part
+    ]

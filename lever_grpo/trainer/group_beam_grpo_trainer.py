@@ -253,11 +253,15 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             **columns,
         )
 
+    @property
+    def _on_policy(self) -> bool:
+        """Whether π_old is the policy itself at every step: then nothing is copied, and the ratio is 1."""
+        return self.args.old_policy_refresh == "steps" and self.args.old_policy_refresh_steps == 1
+
     @torch.no_grad()
     def _old_log_probs(self, inputs: dict[str, Any], temperature: float) -> Tensor | None:
         """log π_old of the logged steps (B, G, T); `None` where it is the policy itself or the loss has no ratio."""
-        every_step = self.args.old_policy_refresh == "steps" and self.args.old_policy_refresh_steps == 1
-        if every_step or self.args.loss_type in ("rwr", "listwise_kl", "asymre"):
+        if self._on_policy or self.args.loss_type in ("rwr", "listwise_kl", "asymre"):
             return None
         with self.accelerator.autocast():
             return self.policy(self.old_policy, inputs, temperature=temperature).log_probs
@@ -316,7 +320,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
         )
         moments = torch.stack([torch.ones_like(rewards), rewards, rewards.square()]).sum(-1).to(device)  # (3,)
         count, total, squares = self.accelerator.reduce(moments, reduction="sum")
-        return ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0).sqrt().clamp(min=1e-30)
+        return ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0).sqrt().clamp(min=1e-37)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.state.global_step != self._begun_step:
@@ -339,7 +343,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             "never": False,
             "stage": step in (plan.rce, plan.start("grpo_late")),
             "epoch": in_stage == 0 or float(self.state.epoch or 0.0).is_integer(),
-            "steps": in_stage % self.args.old_policy_refresh_steps == 0,
+            "steps": in_stage % self.args.old_policy_refresh_steps == 0 and not self._on_policy,
         }
         if due[refresh]:
             self.refresh_old_policy()
@@ -399,9 +403,10 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        tensors = load_file(os.path.join(checkpoint, FROZEN_POLICIES_NAME), device=str(self.args.device))
+        tensors = load_file(os.path.join(checkpoint, FROZEN_POLICIES_NAME))
+        reference = self.reference.state_dict()
         if self.args.precompute_ref_log_probs and any(
-            not torch.equal(value, tensors[f"reference.{key}"]) for key, value in self.reference.state_dict().items()
+            not torch.equal(value.cpu(), tensors[f"reference.{name}"]) for name, value in reference.items()
         ):
             raise ValueError(
                 f"{checkpoint} belongs to a training with another start than the given model, whose log-probabilities "
@@ -424,6 +429,7 @@ def _mean_over_steps(values: Tensor, step_mask: Tensor) -> Tensor:
 
 def _moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std over the masked entries of each group."""
+    values = values.double()  # the squares of scores of 1e30 or 1e-30 are no float32
     count = mask.sum(-1).clamp(min=1)
     mean = torch.where(mask, values, 0.0).sum(-1) / count
     deviation = torch.where(mask, values - mean.unsqueeze(-1), 0.0)

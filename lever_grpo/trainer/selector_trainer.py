@@ -3,10 +3,12 @@
 import logging
 import math
 import os
+import shutil
 from collections import defaultdict
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import EvalPrediction
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,6 +19,7 @@ from ..metrics import expected_reward, rank_correlations
 from ..models import load_selector
 from ..objectives import combine_rewards, reward_from_columns, sequence_coherence, sequence_diversity, step_entropy
 from .checkpoints import load_memory, save_memory
+from .interruption import TerminateCallback
 from .selector_config import SelectorTrainingArguments
 
 
@@ -82,6 +85,13 @@ class SelectorTrainer(HubTrainer):
         # sums and counts since the last log, already gathered: they travel with the checkpoint
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, float] = defaultdict(float)
+        self._step_queries: list[int] = []
+        self._terminate = TerminateCallback(self.accelerator)
+        self.add_callback(self._terminate)
+
+    def train(self, *args, **kwargs):
+        with self._terminate.listening():
+            return super().train(*args, **kwargs)
 
     # ---- losses ----
 
@@ -166,8 +176,12 @@ class SelectorTrainer(HubTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
-        count = sum(self.live_groups(self.group_rewards(batch), batch).sum() for batch in batch_samples)
-        return self.accelerator.reduce(torch.as_tensor(count, device=device), reduction="sum")
+        self._step_queries = [query for batch in batch_samples for query in batch["query_ids"].tolist()]
+        count: Any = sum(self.live_groups(self.group_rewards(batch), batch).sum() for batch in batch_samples)
+        sums = torch.stack([torch.as_tensor(count, device=device), self._terminate.asked(device)])
+        count, asked = self.accelerator.reduce(sums, reduction="sum")
+        self._terminate.agreed = bool(asked)
+        return count
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         rewards = self.group_rewards(inputs)  # (B, G)
@@ -181,6 +195,18 @@ class SelectorTrainer(HubTrainer):
         if model.training:
             self._accumulate({**stats, "loss": torch.where(live, losses, math.nan)})
         return (loss, stats) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # under fp16 the scaler leaves such steps out
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+            queries = ", ".join(map(str, self._step_queries[:10])) + ", …" * (len(self._step_queries) > 10)
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}, queries {queries}: the norm of the gradient is {float(norm)}, "
+                "expected a finite one; no weight was changed. Lower learning_rate or the scale of the embeddings, "
+                "and go on from the last checkpoint with --resume_from_checkpoint true."
+            )
+        return norm
 
     # ---- metrics ----
 
@@ -234,12 +260,12 @@ class SelectorTrainer(HubTrainer):
         greedy = rewards.gather(1, same.float().argmax(-1, keepdim=True)).squeeze(1)  # (B,)
         entropy = step_entropy(output.step_log_probs, sequence_mask=step_mask)  # (B, G, T)
         return {
-            "reward": _masked_mean(rewards, mask),
+            "reward": masked_mean(rewards, mask),
             "expected_reward": torch.from_numpy(expected_reward(*group)).to(rewards),
             "greedy_reward": torch.where(same.any(-1), greedy, math.nan),
             "greedy_found": same.any(-1).float(),
             "rank_correlation": torch.from_numpy(rank_correlations(*group)).to(rewards),
-            "entropy": _masked_mean(entropy.flatten(1), step_mask.flatten(1)),
+            "entropy": masked_mean(entropy.flatten(1), step_mask.flatten(1)),
         }
 
     def greedy_picks(self, selector: Any, inputs: dict[str, Any]) -> Tensor:
@@ -274,6 +300,17 @@ class SelectorTrainer(HubTrainer):
             self.state.best_model_checkpoint = self._checkpoint_of(0, trial)
             self._save_checkpoint(self.model_wrapped, trial)
         return metrics
+
+    def _save_checkpoint(self, model, trial):
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
+            folder = self._checkpoint_of(self.state.global_step, trial)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"{folder} could not be written ({' '.join(str(error).split())}), and what there was of it was "
+                "removed: make room, or mend the folder, and go on with --resume_from_checkpoint true."
+            ) from error
 
     def _checkpoint_of(self, step: int, trial: Any) -> str:
         return os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{step}")
@@ -311,9 +348,9 @@ class SelectorTrainer(HubTrainer):
             self.load_training_memory(load_memory(checkpoint))
 
 
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the masked entries of the last dimension, NaN where there is none."""
-    return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1)
+    return torch.where(mask, values, 0.0).double().sum(-1) / mask.sum(-1)  # scores may be as large as float32 allows
 
 
 def _mean_over_groups(prediction: EvalPrediction) -> dict[str, float]:

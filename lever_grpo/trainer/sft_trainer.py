@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass, field
 
-import torch
-
 from ..objectives import curriculum_mask, rce_loss
 from .selector_config import SelectorTrainingArguments
-from .selector_trainer import SelectorTrainer
+from .selector_trainer import SelectorTrainer, masked_mean
 
 
 @dataclass
@@ -72,8 +70,4 @@ class SelectorSFTTrainer(SelectorTrainer):
         best = curriculum_mask(rewards, mask, top_k=self.args.num_beams)  # (B, G)
         weights = best / best.sum(-1, keepdim=True).clamp(min=1)
         losses = rce_loss(output.log_probs, weights.to(output.log_probs.dtype), output.step_mask)
-        return losses, self.live_groups(rewards, inputs), {"reward": _mean(rewards, mask)}
-
-
-def _mean(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return torch.where(mask, rewards, 0.0).sum(-1) / mask.sum(-1)
+        return losses, self.live_groups(rewards, inputs), {"reward": masked_mean(rewards, mask)}
