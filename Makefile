@@ -32,7 +32,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality format fuzz bench bench-quick reproduce ablation sample projector docs clean
+.PHONY: help install demo test quality format fuzz soak bench bench-quick reproduce ablation sample projector docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ fuzz: $(INSTALLED_FUZZ)  ## fuzz each parser for a minute, or SECONDS (Linux; fi
 	@set -e; for parser in logs tasks pools external_ids safetensors npy configs; do echo "== $$parser"; \
 		$(OFFLINE) $(ONE_THREAD) $(BIN)/python tests/hardening/fuzz_atheris.py $$parser \
 		-max_total_time=$(SECONDS) $(ARGS); done
+
+soak: install  ## kill the recipe 50 times, run the tests of faults and files, write docs/reliability.md (half an hour)
+	$(OFFLINE) $(ONE_THREAD) MPLBACKEND=Agg $(BIN)/python tests/faults/soak.py --page docs/reliability.md $(ARGS)
 
 quality: install  ## lint, check the format and the types
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -288,26 +289,65 @@ def test_a_cache_that_several_processes_fill_at_once(processes, planted_files, t
 # ---- folders that take nothing ----
 
 
-def fill_the_disk():
+LARGER = {"hidden_dim": 32, "prior_rank": 8, "model_preset": "v3"}
+
+
+def limit_files():
     """No file grows beyond 20 kB: a write fails as on a full disk."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="limits of file sizes are POSIX")
-@pytest.mark.parametrize("stage, step", [("sft", 1), ("grpo", 4)])
-def test_a_full_disk(start, tmp_path, stage, step):
-    options = {"hidden_dim": 32, "prior_rank": 8, "model_preset": "v3"}
-    assert end_of(start(At(stage, step, fill_the_disk), **options)) == 1
+def remount(folder, options):
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own at `tmp_path / "out"`."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    mounting = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True, check=False)
+    if mounting.returncode:
+        pytest.skip("mounting is for root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def assert_says_so_and_goes_on(start, tmp_path, stage, step, mend):
+    """Behind `step`, the save at the next third step fails."""
     words = (tmp_path / "log.txt").read_text()
     folder = tmp_path / "out" / "checkpoints" / stage
     before = step - step % 3
     broken = folder / f"checkpoint-{before + 3}"
     assert f"OSError: {broken} could not be written (" in words and "make room" in words
-    assert not broken.exists()
-    assert last_checkpoint(folder) == str(folder / f"checkpoint-{before}")
-    assert end_of(start(**options)) == 0
+    assert not broken.exists() and last_checkpoint(folder) == str(folder / f"checkpoint-{before}")
+    mend()
+    assert end_of(start(**LARGER)) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of file sizes are POSIX")
+def test_no_room_for_a_file(start, tmp_path):
+    assert end_of(start(At("sft", 1, limit_files), **LARGER)) == 1
+    assert_says_so_and_goes_on(start, tmp_path, "sft", 1, mend=lambda: None)
+
+
+def test_a_full_disk(start, disk, tmp_path):
+    assert end_of(start(At("grpo", 4, partial(leave_no_room, disk)), **LARGER)) == 1
+    assert_says_so_and_goes_on(start, tmp_path, "grpo", 4, mend=lambda: remount(disk, "rw,size=100m"))
+
+
+def leave_no_room(folder):
+    used = sum(path.stat().st_blocks for path in folder.rglob("*")) // 2  # in kB
+    remount(folder, f"size={used + 16}k")
+
+
+def test_a_read_only_disk(disk, planted_files):
+    remount(disk, "ro")
+    words = parse(arguments(planted_files, disk / "new"), GroupBeamGRPOConfig)
+    with pytest.raises(OSError, match=f"Read-only file system: '{disk}"):
+        run(*words)
 
 
 def test_a_folder_that_cannot_be_made(planted_files, tmp_path):
