@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> dict:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", type=int, default=4096, help="groups of the log (default %(default)s)")
+    parser.add_argument("--groups", type=int, default=8192, help="groups of the log (default %(default)s)")
     parser.add_argument("-B", "--batch", type=int, default=32, help="queries in a batch (default %(default)s)")
     parser.add_argument("-G", "--beams", type=int, default=5, help="sequences of a group (default %(default)s)")
     parser.add_argument("-S", "--shots", type=int, default=2, help="picks of a sequence (default %(default)s)")
