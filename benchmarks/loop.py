@@ -64,6 +64,29 @@ def make_selector(width: int = WIDTH, hidden_dim: int = 256) -> PointerSelector:
     return PointerSelector(config)
 
 
+def make_config(folder: Path, batch: int = 32, workers: int = 0, device: str = "cpu") -> GroupBeamGRPOConfig:
+    """An epoch of GRPO on whole groups, and nothing beside it."""
+    return GroupBeamGRPOConfig(
+        output_dir=str(folder / "out"),
+        per_device_train_batch_size=batch,
+        rce_epochs=0,
+        grpo_epochs=1,
+        curriculum_epochs=0,
+        old_policy_refresh="steps",
+        old_policy_refresh_steps=1,
+        beta=BETA,
+        adaptive_beta=False,
+        dataloader_num_workers=workers,
+        logging_steps=LOGGING_STEPS,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+    )
+
+
 class Sides:
     """The two loops over one log."""
 
@@ -71,25 +94,7 @@ class Sides:
         make_data(folder, args.groups, args.beams, args.shots, args.pool, args.embed_dim)
         self.dataset, self.collator = load_data(folder)
         self.start = make_selector(args.embed_dim, args.hidden_dim)
-        self.config = GroupBeamGRPOConfig(
-            output_dir=str(folder / "out"),
-            per_device_train_batch_size=args.batch,
-            rce_epochs=0,
-            grpo_epochs=1,
-            curriculum_epochs=0,
-            old_policy_refresh="steps",
-            old_policy_refresh_steps=1,
-            beta=BETA,
-            adaptive_beta=False,
-            dataloader_num_workers=args.workers,
-            logging_steps=LOGGING_STEPS,
-            eval_strategy="no",
-            save_strategy="no",
-            load_best_model_at_end=False,
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=args.device == "cpu",
-        )
+        self.config = make_config(folder, args.batch, args.workers, args.device)
         self.batches = [
             {name: self._to(value, args.device) for name, value in batch.items()}
             for batch in self.trainer().get_train_dataloader()

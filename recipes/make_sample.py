@@ -219,6 +219,16 @@ def make_pools(task: str, rows: list[Example], shares: list[str]) -> list[dict[s
     return [{"query_id": query, "candidate_ids": pool} for query, pool in zip(queries, pools, strict=True)]
 
 
+def manifest(path: Path) -> dict[str, Any]:
+    """What a log's manifest says of how it was made, without what it says of the machine and its folders."""
+    whole = orjson.loads(path.read_bytes())
+    search = ("score", "num_shots", "beam_size", "random_sequences", "construct_order")
+    return {
+        "search": {name: whole["arguments"][name] for name in search},
+        **{name: whole[name] for name in ("inputs", "scorer", "seeds", "counts", "versions")},
+    }
+
+
 def pack(task: str, rows: list[Example], shares: list[str], folder: Path, target: Path) -> None:
     """The task as the package ships it; prints the numbers for the data card."""
     target.mkdir(parents=True, exist_ok=True)
@@ -229,6 +239,8 @@ def pack(task: str, rows: list[Example], shares: list[str], folder: Path, target
     columns["answer"] = [row.answers[0] for row in rows]
     if rows[0].entity is not None:
         columns["entity"] = [row.entity for row in rows]
+    if isinstance(rows[0].image, Path):
+        columns["image"] = [row.image.read_bytes() for row in rows if isinstance(row.image, Path)]
     pq.write_table(pa.table(columns), target / "rows.parquet", compression="zstd", compression_level=19)
     fit_rows = np.flatnonzero([share in FIT for share in shares])
     tensors: dict[str, np.ndarray] = {}
@@ -243,6 +255,8 @@ def pack(task: str, rows: list[Example], shares: list[str], folder: Path, target
         tensors |= store_once(name, reduced.astype(np.float16))
     save_file(tensors, str(target / "embeddings.safetensors"))
     save_encoders(target, ENCODERS[task], maps)
+    made = {split: manifest(folder / split / "manifest.json") for split in ("train", "validation", "heldout")}
+    (target / "manifest.json").write_bytes(orjson.dumps(made, option=orjson.OPT_INDENT_2) + b"\n")
     report["bytes"] = {file.name: file.stat().st_size for file in sorted(target.iterdir())}
     print(orjson.dumps({task: report}, option=orjson.OPT_INDENT_2).decode())
 

@@ -46,14 +46,16 @@ HERE = Path(__file__).resolve().parent
 FLAGSHIP = HERE / "okvqa_v3.yaml"
 LEARNING_CURVE = {"emoji": (150, 450)}  # training queries, beside all of them
 # where groups hold more than what a search liked, there is more to learn from the scores
-CHANGES = {"supersense": ["--sft_num_beams", "3", "--learning_rate", "1e-3", "--grpo_epochs", "10"]}
-CROSS_VALIDATED = ("emoji", "country_facts", "easy_vqa")  # their held-out sets are small
+MORE = ["--sft_num_beams", "3", "--learning_rate", "1e-3", "--grpo_epochs", "10"]
+CHANGES = {"supersense": MORE, "easy_vqa": MORE}
+CROSS_VALIDATED = ("emoji", "country_facts")  # their held-out sets are small
 FOLDS = 5
 # beside the score, whether the answer was right, which only the search's scorer could tell
 FOR_ANSWERS = {"reward_weights": {"beam": 0.25, "task": 2.0}, "task_reward": "correct"}
 ANSWERED = {
     "supersense": "evaluate_supersense.yaml",
     "emoji": "evaluate_icl.yaml",
+    "easy_vqa": "evaluate_easy_vqa.yaml",
 }  # tasks whose model comes as a package
 JUDGED = ("sft", "agreement", "rce", "grpo", "grpo_answers", "v2_sft")
 # the original setting, to the letter: five surviving beams, π_old fixed at the start, an estimator for the KL, raw

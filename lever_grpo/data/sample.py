@@ -22,7 +22,7 @@ _FEATURES: dict[str, tuple[tuple[str, ...], ...]] = {
     "supersense": (("question", "hidden"), ("question", "answer", "hidden"), ("question",)),
     "emoji": (("question", "image", "hidden"), (*_TEXT, "image", "hidden"), ("question",)),
     "country_facts": (("question", "hidden"), (*_TEXT, "hidden"), ("question",)),
-    "easy_vqa": (("question", "image"), (*_TEXT, "image"), ("question", "image")),
+    "easy_vqa": (("question", "image"), ("question", "answer", "image"), ("question", "image")),
 }
 
 
@@ -63,7 +63,7 @@ class SampleTask:
 
     @property
     def train(self) -> Path:
-        """Beam log of the training queries: every single, pairs that extend the best, in `supersense` also others."""
+        """Beam log of the training queries: every single, pairs that extend the best, in some tasks also others."""
         return self.folder / "train.parquet"
 
     @property
@@ -88,7 +88,7 @@ class SampleTask:
         return EmbeddingStore.from_safetensors(self.folder / "embeddings.safetensors")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Question, answer and (where rows share one) entity of every row; the position in the list is the row id."""
+        """Question, answer and, where they have one, image and entity of all rows; positions are row ids."""
         return pq.read_table(self.folder / "rows.parquet").to_pylist()
 
     def entities(self) -> dict[int, str]:

@@ -246,7 +246,7 @@ def sample_examples(task: str = "emoji") -> list[Example]:
     ```
     """
     return [
-        Example(row["id"], row["question"], (row["answer"],), entity=row.get("entity"))
+        Example(row["id"], row["question"], (row["answer"],), row.get("image"), row.get("entity"))
         for row in load_sample(task).rows()
     ]
 

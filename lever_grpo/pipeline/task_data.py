@@ -16,13 +16,13 @@ from ..data import (
     DataCollatorForBeams,
     DataCollatorForRawBeams,
     EmbeddingStore,
-    Example,
     SampleTask,
     complete_scores,
     drop_candidates,
     load_beams,
     load_examples,
     load_sample,
+    sample_examples,
     split_by_query,
 )
 from ..data.records import BeamDataError
@@ -163,7 +163,7 @@ def _raw_collator(recipe: RecipeArguments, sample: SampleTask | None) -> DataCol
     if recipe.task_file is not None:
         rows = load_examples(recipe.task_file)
     elif sample is not None:
-        rows = [Example(row["id"], row["question"], (row["answer"],)) for row in sample.rows()]
+        rows = sample_examples(sample.name)
     else:
         raise ValueError(f"model_preset={recipe.model_preset!r} sees the rows themselves: name them by task_file.")
     seen = ("image", "text") if any(row.image is not None for row in rows) else ("text",)
