@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from lever_grpo.atomic import LOCK_FILE  # noqa: E402
 
 WAIT = 600  # seconds for a process that does not come to its end
 GONE = 60  # seconds in which the others must be gone when one dies
+STAGES = ("start", "SFT", "agreement", "RCE", "GRPO", "report")
 
 
 class Run:
@@ -80,77 +82,88 @@ class Run:
             time.sleep(0.0005)
 
     def kill(self, rng: random.Random) -> str:
-        """What was killed; the rest of a run that lost one worker ends by itself."""
+        """What was killed; the rest of a run that lost one worker has to end by itself."""
+        workers = self.workers
         if self.processes == 2 and rng.random() < 0.5:
-            worker = rng.randrange(2)
-            self.workers[worker].kill()
+            number = rng.randrange(2)
+            workers[number].kill()
             self.parent.wait(GONE)
-            return f"worker {worker}"
-        os.killpg(self.parent.pid, signal.SIGKILL)  # the launcher; its workers have sessions of their own
-        return "all"
+            killed = f"worker {number}"
+        else:
+            os.killpg(self.parent.pid, signal.SIGKILL)
+            for worker in workers[self.processes == 1 :]:  # they have sessions of their own
+                worker.kill()
+            killed = "all"
+        self.parent.wait(GONE)
+        psutil.wait_procs(workers, GONE)
+        return killed
 
 
-def soak(folder: Path, kills: int, processes: int, rng: random.Random) -> dict[str, Any]:
-    """Kills runs until there were so many kills; every run that came to its end is compared."""
-    files = planted.write_files(folder, planted.Planted())
-    whole = Run(files, make(folder / "whole") / "out", processes)
-    started = time.monotonic()
-    whole.wait_until_it_writes()
-    writing = time.monotonic()
-    if whole.parent.wait(WAIT):
-        raise SystemExit(f"the undisturbed run failed; see {whole.log}")
-    seconds = time.monotonic() - writing
-    undisturbed = left_behind(whole.output)
-    print(f"{processes} process(es): {seconds:.1f} s of work behind {writing - started:.1f} s of imports", flush=True)
+class Soak:
+    """Runs of so many processes that are killed, and what an undisturbed one left."""
 
-    done: list[dict[str, Any]] = []
-    runs = failures = handled = 0
-    while len(done) < kills:
-        runs += 1
-        before = len(done)
-        output = make(folder / f"run-{runs}") / "out"
-        while not (ended := one_life(files, output, processes, rng, seconds, done, kills)):
-            pass
-        wrong = [ended] if ended != "whole" else differences(output, undisturbed)
-        failures += bool(wrong)
-        handled += 0 if wrong else len(done) - before
-        print(f"run {runs}: {len(done)} kills so far; {'the same' if not wrong else wrong}", flush=True)
-    stages = [kill["stage"] for kill in done]
+    def __init__(self, folder: Path, processes: int):
+        self.folder, self.processes = folder, processes
+        self.files = planted.write_files(folder, planted.Planted())
+        whole = self.start("whole")
+        started = time.monotonic()
+        whole.wait_until_it_writes()
+        writing = time.monotonic()
+        if whole.parent.wait(WAIT):
+            raise SystemExit(f"the undisturbed run failed; see {whole.log}")
+        self.seconds = time.monotonic() - writing
+        self.undisturbed = left_behind(whole.output)
+        print(f"{processes} process(es): {self.seconds:.1f} s of work behind {writing - started:.1f} s of imports")
+
+    def start(self, name: str) -> Run:
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        return Run(self.files, folder / "out", self.processes)
+
+    def kill_runs(self, number: int, seed: int) -> list[dict[str, Any]]:
+        """Kills runs, each as often as it happens, until there were so many kills; compares them at their end."""
+        kills: list[dict[str, Any]] = []
+        rng, runs = random.Random(seed), 0
+        while len(kills) < number:
+            runs += 1
+            name, before = f"run-{seed}-{runs}", len(kills)
+            while not (ended := self.live(name, rng, kills, number)):
+                pass
+            wrong = [ended] if ended != "whole" else differences(self.folder / name / "out", self.undisturbed)
+            for kill in kills[before:]:
+                kill["handled"] = not wrong
+            print(f"{name}: {len(kills)} of {number} kills; {'the same' if not wrong else wrong}", flush=True)
+        return kills
+
+    def live(self, name: str, rng: random.Random, kills: list[dict[str, Any]], number: int) -> str | None:
+        """Starts or goes on with a run and kills it, unless it is over first or there were enough; how it ended."""
+        run = self.start(name)
+        moment, saving = rng.uniform(0, self.seconds), rng.random() < 0.5
+        if run.wait_until_it_writes() and len(kills) < number:
+            try:
+                run.parent.wait(moment)
+            except subprocess.TimeoutExpired:
+                if saving:
+                    run.wait_for_a_save(self.seconds)
+                    time.sleep(rng.uniform(0, 0.02))
+                stage = where(run.output)
+                if run.parent.poll() is None:
+                    kills.append({"stage": stage, "during_a_save": saving, "killed": run.kill(rng)})
+                    return None
+        code = run.parent.wait(WAIT)
+        return "whole" if code == 0 else f"exit code {code}, see {run.log}"
+
+
+def summary(processes: int, kills: list[dict[str, Any]]) -> dict[str, Any]:
+    stages = [kill["stage"] for kill in kills]
     return {
         "processes": processes,
-        "kills": len(done),
-        "kills_handled": handled,
-        "during_saves": sum(kill["during_a_save"] for kill in done),
-        "of_one_worker": sum(kill["killed"].startswith("worker") for kill in done),
-        "stages": {stage: stages.count(stage) for stage in dict.fromkeys(stages)},
-        "runs": runs,
-        "runs_that_ended_differently": failures,
+        "kills": len(kills),
+        "kills_handled": sum(kill["handled"] for kill in kills),
+        "during_saves": sum(kill["during_a_save"] for kill in kills),
+        "of_one_worker": sum(kill["killed"] != "all" for kill in kills),
+        "stages": {stage: stages.count(stage) for stage in STAGES if stage in stages},
     }
-
-
-def one_life(files, output, processes, rng, seconds, done, kills) -> str | None:
-    """Starts or goes on with a run, and kills it unless it is over before, or there were enough; says how it ended."""
-    run = Run(files, output, processes)
-    moment, saving = rng.uniform(0, seconds), rng.random() < 0.5
-    if run.wait_until_it_writes() and len(done) < kills:
-        try:
-            run.parent.wait(moment)
-        except subprocess.TimeoutExpired:
-            if saving:
-                run.wait_for_a_save(seconds)
-                time.sleep(rng.uniform(0, 0.02))
-            stage = where(output)
-            if run.parent.poll() is None:
-                workers = run.workers
-                done.append({"stage": stage, "during_a_save": saving, "killed": run.kill(rng)})
-                for worker in workers:  # those whose launcher is dead
-                    if worker.is_running():
-                        worker.kill()
-                psutil.wait_procs(workers, GONE)
-                run.parent.wait(GONE)
-                return None
-    code = run.parent.wait(WAIT)
-    return "whole" if code == 0 else f"exit code {code}, see {run.log}"
 
 
 def where(output: Path) -> str:
@@ -163,11 +176,6 @@ def where(output: Path) -> str:
     return "start"
 
 
-def make(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    return folder
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="of one process and of two, four to one (default 50)")
@@ -175,12 +183,15 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("outputs/soak"), help="folder of results.json")
     parser.add_argument("--page", type=Path, help="the page whose table is to be written")
     args = parser.parse_args()
-    rng = random.Random(args.seed)
-    pairs = args.kills // 5
-    with tempfile.TemporaryDirectory() as folder:
-        kills = [
-            soak(make(Path(folder, str(n))), number, n, rng) for n, number in ((1, args.kills - pairs), (2, pairs))
-        ]
+    two = args.kills // 5
+    jobs = max(1, (os.cpu_count() or 1) // 2)
+    kills = []
+    for processes, number, chains in ((1, args.kills - two, 2 * jobs), (2, two, jobs)):
+        shares = [number // chains + (chain < number % chains) for chain in range(chains)]
+        seeds = range(args.seed + 100 * processes, args.seed + 100 * processes + chains)
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(chains) as pool:
+            found = pool.map(Soak(Path(folder), processes).kill_runs, shares, seeds)
+            kills.append(summary(processes, [kill for share in found for kill in share]))
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "results.json").write_text(json.dumps(kills, indent=2) + "\n")
     print(json.dumps(kills, indent=2))
