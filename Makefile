@@ -69,7 +69,7 @@ test-oldest: $(INSTALLED_OLDEST)  ## run the tests with the oldest versions that
 	$(OFFLINE) $(ONE_THREAD) MPLBACKEND=Agg $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(TESTS) --doctest-modules $(ARGS)
 
 wheel-test: install  ## build the wheel, install it into an empty environment and use it there
-	$(ONE_THREAD) $(BIN)/python tests/try_wheel.py --python "$$(command -v $(PYTHON))" $(ARGS)
+	$(ONE_THREAD) $(BIN)/python tests/try_wheel.py $(ARGS)
 
 $(INSTALLED_FUZZ): $(INSTALLED)
 	$(PIP_INSTALL) atheris

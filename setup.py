@@ -20,7 +20,7 @@ def read_version() -> str:
 
 # Upper bounds are the next major version of those that we subclass or whose files we write.
 REQUIREMENTS = [
-    "torch>=2.6",
+    "torch>=2.8",
     "transformers>=5.20,<6",
     "tokenizers>=0.23.1",
     "trl>=1.10,<2",  # the argument parser of the recipes
@@ -64,6 +64,7 @@ EXTRAS = {
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "hypothesis>=6.120",
+        "psutil>=6",
         "scipy>=1.15",
         "setuptools>=77",
         "nbclient>=0.10",

@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
-from lever_grpo import GroupBeamGRPOConfig, SelectorSFTConfig, SelectorSFTTrainer
+from lever_grpo import EmbeddingStore, GroupBeamGRPOConfig, SelectorSFTConfig, SelectorSFTTrainer
 from lever_grpo.cli import build_parser
 from lever_grpo.demo import parse_demo
 from lever_grpo.objectives.policy_losses import LOSS_TYPES
@@ -38,7 +38,8 @@ from lever_grpo.pipeline.launch import NO_LAUNCH, packaged_configs
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-WITH_COMMANDS = [*PAGES, ROOT / "README.md", ROOT / "recipes" / "README.md"]
+ROOT_PAGES = sorted(ROOT.glob("*.md"))
+WITH_COMMANDS = [*PAGES, *ROOT_PAGES, ROOT / "recipes" / "README.md"]
 BLOCK = re.compile(
     r"^(?:[ \t]*<!-- not run: (?P<reason>[^\n]+?) -->\n)?[ \t]*```(?P<language>\w+)\n(?P<code>.*?)^[ \t]*```$",
     re.MULTILINE | re.DOTALL,
@@ -84,20 +85,29 @@ def small_okvqa() -> None:
         np.save(root / "embeddings" / f"{name}.npy", vectors)
 
 
+def lever_plus_embeddings() -> None:
+    """What Lever-Plus exports: one tensor, a row for each row of the training split."""
+    torch.save(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).half(), "query_embeddings.pt")
+
+
 # what a page takes for granted
-FILES = {"convert": lever_plus_checkpoint, "okvqa": small_okvqa}
-WITH_PYTHON = [page.stem for page in PAGES if any(blocks(page, "python"))]
+FILES = {"convert": lever_plus_checkpoint, "okvqa": small_okvqa, "MIGRATION": lever_plus_embeddings}
+IN_PACKAGING = {ROOT / "README.md"}
+WITH_PYTHON = {page.stem: page for page in [*PAGES, *ROOT_PAGES] if any(blocks(page, "python"))}
 
 
-@pytest.mark.parametrize("name", WITH_PYTHON)
+@pytest.mark.parametrize("name", [name for name, page in WITH_PYTHON.items() if page not in IN_PACKAGING])
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     """In the order of the page, in one namespace, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "tests")
     FILES.get(name, lambda: None)()
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for code in blocks(DOCS / f"{name}.md", "python"):
-        exec(compile(code, f"docs/{name}.md", "exec"), namespace)
+    for code in blocks(WITH_PYTHON[name], "python"):
+        exec(compile(code, str(WITH_PYTHON[name]), "exec"), namespace)
+    if name == "MIGRATION":
+        exported = torch.load("query_embeddings.pt", weights_only=True)
+        assert np.array_equal(EmbeddingStore.open("embeddings")["embedding"], exported.numpy())
     if name == "okvqa":
         pools = [json.loads(line) for line in Path("okvqa/pools.jsonl").read_text().splitlines()]
         assert [pool["query_id"] for pool in pools] == [40, 41, 42, 43, 44]
@@ -189,7 +199,7 @@ def check(words: list[str]) -> None:
     elif program in ("python", "python3"):
         check_script(rest[0], rest[1:])
     elif program == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert rest[0] in targets and all("=" in word for word in rest[1:]), words
     elif program == "pip":
         check_pip(rest)

@@ -2,8 +2,8 @@
 
 import ast
 import json
+import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,6 +16,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from try_wheel import build_wheel
 
 import lever_grpo
 
@@ -86,16 +87,8 @@ print([name for name in ("torch", "transformers", "datasets") if name in sys.mod
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel of a copy of the working tree, so that nothing is built inside it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "lever_grpo", folder / "lever_grpo", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "tests" / "metrics", folder / "tests" / "metrics")
-    shutil.copytree(ROOT / "accelerate_configs", folder / "accelerate_configs")
-    build = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
-    name = run_python(build, cwd=folder).strip().splitlines()[-1]
-    with zipfile.ZipFile(folder / "dist" / name) as archive:
+    """The wheel's files, and the texts of its metadata."""
+    with zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("wheel"))) as archive:
         info = next(entry.rpartition("/")[0] for entry in archive.namelist() if entry.endswith(".dist-info/METADATA"))
         texts = {part: archive.read(f"{info}/{part}").decode() for part in ("METADATA", "entry_points.txt")}
         return set(archive.namelist()), texts
@@ -173,6 +166,19 @@ def test_libraries_that_we_subclass_are_bounded(wheel, name):
     assert {part.operator for part in specifier} == {">=", "<"}, f"{name}: {specifier}"
 
 
+def test_the_table_of_supported_versions_is_that_of_the_metadata(wheel):
+    """Of `CONTRIBUTING.md`: the oldest versions are the bounds, and no newest version is older or out of bounds."""
+    metadata = wheel[1]["METADATA"]
+    bounds = requirements(metadata, "peft") | requirements(metadata)
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Supported versions\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", section, flags=re.MULTILINE)
+    assert len(rows) > 8
+    for name, oldest, newest in rows:
+        specifier = bounds[canonicalize_name(name)].specifier
+        assert f">={oldest}" in str(specifier).split(","), f"{name}: {specifier}"
+        assert newest in specifier, f"{name}: {specifier}"
+
+
 # ---- accelerate configs ----
 
 
@@ -210,6 +216,52 @@ def test_nested_keys_of_accelerate_configs_are_known():
         config = yaml.safe_load(path.read_text())
         for section in ("fsdp_config", "deepspeed_config"):
             assert not config.get(section, {}).keys() - options.keys(), f"{path.name}: {section}"
+
+
+# ---- GitHub ----
+
+
+def workflow(name: str) -> dict:
+    return yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+
+
+def commands_of(job: dict) -> str:
+    return "\n".join(step.get("run", "") for step in job["steps"])
+
+
+def test_continuous_integration_runs_targets_that_exist_on_every_python(wheel):
+    jobs = workflow("ci")["jobs"]
+    classifiers = re.findall(r"^Classifier: .* :: (3\.\d+)$", wheel[1]["METADATA"], flags=re.MULTILINE)
+    assert jobs["test"]["strategy"]["matrix"]["python-version"] == classifiers
+    targets = re.findall(r"\bmake ([\w-]+)", "\n".join(commands_of(job) for job in jobs.values()))
+    known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert sorted(targets) == ["quality", "test", "test-oldest", "wheel-test"] and set(targets) <= set(known)
+
+
+@pytest.mark.parametrize("tag, status", [("v0.4.0", 0), ("v0.4.1", 1), ("0.4.0", 1)])
+def test_a_release_needs_the_tag_of_its_version(tag, status, tmp_path):
+    (script,) = [
+        step["run"] for step in workflow("release")["jobs"]["build"]["steps"] if "tag" in step.get("name", "")
+    ]
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / "lever_grpo-0.4.0-py3-none-any.whl").touch()
+    environment = {**os.environ, "GITHUB_REF_NAME": tag}
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == status and (tag in done.stdout) == bool(status), done.stderr
+
+
+def test_only_the_job_that_publishes_may_ask_for_an_identity():
+    release = workflow("release")
+    assert release[True] == {"push": {"tags": ["v*"]}}  # YAML reads the key `on` as a boolean
+    assert release["permissions"] == {"contents": "read"} and "permissions" not in release["jobs"]["build"]
+    assert release["jobs"]["publish"]["permissions"] == {"id-token": "write"}
+    assert "secrets." not in (ROOT / ".github" / "workflows" / "release.yml").read_text()
+
+
+def test_a_bug_report_asks_for_the_versions():
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug_report.yml").read_text())
+    (field,) = [item for item in form["body"] if "lever-grpo env" in item["attributes"].get("label", "")]
+    assert field["validations"] == {"required": True}
 
 
 # ---- files ----

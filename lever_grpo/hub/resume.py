@@ -11,6 +11,8 @@ from huggingface_hub import snapshot_download
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..atomic import LOCK_FILE
+
 
 # where a push with hub_strategy="checkpoint" puts them
 LAST, BEST = "last-checkpoint", "best-checkpoint"
@@ -53,7 +55,7 @@ def fetch_run(
     ```
     """
     output = Path(output_dir)
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and any(path.name != LOCK_FILE for path in output.iterdir()):
         raise FileExistsError(f"output_dir={str(output)!r} is not empty; name another folder, or resume from it.")
     wanted = [f"{LAST}/*", f"{BEST}/*", f"{PREFIX_CHECKPOINT_DIR}-*/*", "rce/*", "sft/*", "checkpoints/*"]
     there = Path(snapshot_download(repo_id, allow_patterns=wanted, token=token, revision=revision))
@@ -74,6 +76,7 @@ def fetch_run(
         if (there / name).exists():
             shutil.copytree(there / name, place, dirs_exist_ok=True)
     if output.exists():
+        (output / LOCK_FILE).unlink(missing_ok=True)  # of a run that was killed before it wrote anything
         output.rmdir()
     os.replace(partial, output)
     return output

@@ -59,17 +59,18 @@ def run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig) 
     output = Path(str(args.output_dir))
     if recipe.resume_from_hub is not None:
         args.resume_from_checkpoint = "true"
-    with one_run(output, wanted=PartialState().is_main_process):
-        return _run(recipe, args, output)
+    state = PartialState()
+    if state.is_main_process:
+        _fetch_from_hub(output, recipe, args)
+    with one_run(output, wanted=state.is_main_process):
+        return _run(recipe, args, output, state)
 
 
 def _run(
-    recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig, output: Path
+    recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTConfig, output: Path, state: PartialState
 ) -> dict[str, Any] | None:
-    state = PartialState()
     with state.main_process_first():
         if state.is_main_process:
-            _fetch_from_hub(output, recipe, args)
             _prepare_output(output, recipe, args)
         data = load_task(recipe, args.seed)
     if isinstance(args, SelectorSFTConfig):

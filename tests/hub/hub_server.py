@@ -10,10 +10,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -94,6 +96,22 @@ class Hub:
 
     def messages(self, name: str, kind: str = "models") -> list[str]:
         return [message for _, message in self.repositories[kind, name].commits]
+
+
+def client_environment(hub: Hub, home: Path) -> dict[str, str]:
+    """Variables of a process that knows this Hub only, and whose cache is in `home`."""
+    dropped = ("HF_", "PYTHONPATH", "VIRTUAL_ENV")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    return environment | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home / "huggingface"),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",  # large files go by Git LFS, as to every Hub without Xet
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 class Refusal(Exception):

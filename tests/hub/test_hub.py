@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_server import TOKEN, Hub
+from hub_server import TOKEN, Hub, client_environment
 from PIL import Image
 
 
@@ -21,18 +21,8 @@ def start_process(script: str, hub: Hub, home: Path, paths: dict) -> dict:
     home.mkdir()
     file = home / "paths.json"
     file.write_text(json.dumps(paths))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home / "huggingface"),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": "1",  # large files go by Git LFS, as to every Hub without Xet
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1,localhost",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)]),
-    }
+    environment = client_environment(hub, home)
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])
     done = subprocess.run(
         [sys.executable, str(HERE / script), str(file)], env=environment, capture_output=True, text=True, timeout=400
     )
