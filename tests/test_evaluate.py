@@ -268,7 +268,7 @@ def test_command_line(task, capsys, monkeypatch, tmp_path):
     assert main(["evaluate", "--config", str(config), "--shots", "2"]) == 2
 
 
-@pytest.mark.parametrize("name", ["evaluate_icl", "evaluate_supersense"])
+@pytest.mark.parametrize("name", ["evaluate_icl", "evaluate_supersense", "evaluate_easy_vqa"])
 def test_recipes_parse(name):
     arguments = parse_evaluate(["--config", str(Path(__file__).resolve().parents[1] / "recipes" / f"{name}.yaml")])
     rows = load_queries(arguments).rows.values()

@@ -25,7 +25,8 @@ CONFIGS = {"okvqa_v3": GroupBeamGRPOConfig, "sft_v2": SelectorSFTConfig}
 
 
 def test_every_yaml_has_its_recipe():
-    others = {"generate_beams", "evaluate_icl", "evaluate_supersense"}  # no trainer's: tests of generate and evaluate
+    # no trainer's: tests of generate and evaluate
+    others = {"generate_beams", "evaluate_icl", "evaluate_supersense", "evaluate_easy_vqa"}
     assert {path.stem for path in RECIPES.glob("*.yaml")} == set(CONFIGS) | others
     assert all((RECIPES / f"{name}.py").exists() for name in CONFIGS)
 

@@ -43,7 +43,7 @@ class Run:
 
     def __init__(self, files: dict[str, str], output: Path, processes: int):
         words = arguments(files, output, **({"per_device_train_batch_size": 2} if processes == 2 else {}))
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"] * (processes == 2)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] * (processes == 2)
         self.output, self.processes = output, processes
         self.log = output.with_name("log.txt")
         with self.log.open("ab") as stream:

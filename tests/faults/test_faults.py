@@ -215,7 +215,10 @@ def record_writes(record: Path) -> None:
     def hook(event, args):
         if event == "open" and str(args[0]) != str(record) and isinstance(args[1], str) and set("wax+") & set(args[1]):
             note(args[0])
-        elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile"):
+        elif event == "os.rename":
+            note(args[0])
+            note(args[1])
+        elif event in ("os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile"):
             note(args[0])
 
     sys.addaudithook(hook)
