@@ -84,7 +84,7 @@ class Run:
     def kill(self, rng: random.Random) -> str:
         """What was killed; the rest of a run that lost one worker has to end by itself."""
         workers = self.workers
-        if self.processes == 2 and rng.random() < 0.5:
+        if self.processes == 2 and rng.random() < 0.5 and len(workers) == 2:  # a launcher at its end has none
             number = rng.randrange(2)
             workers[number].kill()
             self.parent.wait(GONE)
