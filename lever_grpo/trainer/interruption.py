@@ -35,7 +35,10 @@ class TerminateCallback(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, SIGTERM is heard; in another thread than the main one it does what it did before."""
+        """
+        Inside, SIGTERM is heard; in another thread than the main one it does what it did before. One that came too
+        late for another step is sent again behind the training.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -45,6 +48,8 @@ class TerminateCallback(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGTERM, earlier)
+        if self._asked:
+            signal.raise_signal(signal.SIGTERM)
 
     def asked(self, device: torch.device) -> torch.Tensor:
         """Whether this process was asked to end, as a number to be added up."""

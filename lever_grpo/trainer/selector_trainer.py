@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..hub.trainer import HubTrainer
 from ..metrics import expected_reward, rank_correlations
 from ..models import load_selector
 from ..objectives import combine_rewards, reward_from_columns, sequence_coherence, sequence_diversity, step_entropy
-from .checkpoints import load_memory, save_memory
+from .checkpoints import find_damage, load_memory, save_memory
 from .interruption import TerminateCallback
 from .selector_config import SelectorTrainingArguments
 
@@ -306,6 +307,8 @@ class SelectorTrainer(HubTrainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
             folder = self._checkpoint_of(self.state.global_step, trial)
+            if find_damage(Path(folder)) is None:  # it is whole: what failed came behind it
+                raise
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
                 f"{folder} could not be written ({' '.join(str(error).split())}), and what there was of it was "

@@ -181,6 +181,13 @@ def test_sigterm_saves_the_step_and_goes_on(start, undisturbed, tmp_path, stage,
     assert differences(tmp_path / "out", undisturbed) == []
 
 
+def test_sigterm_in_the_last_step_ends_the_run_behind_it(start, undisturbed, tmp_path):
+    assert end_of(start(At("sft", 3, tell_to_end))) == -signal.SIGTERM
+    assert not (tmp_path / "out" / "sft").exists()
+    assert end_of(start()) == 0
+    assert differences(tmp_path / "out", undisturbed) == []
+
+
 def test_two_processes_agree_on_where_to_end(start, undisturbed_two, tmp_path):
     # only one is told, and both leave behind the same step
     pair = start.two((None, At("grpo", 4, tell_to_end)))
