@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,18 +107,20 @@ class PoolSource:
 
     def __init__(self, source: str | Path | Mapping[Any, Sequence[int]]):
         self.source = source
-        self._pools: dict[int, list[int]] | None = None
+        self._pools: dict[int, array[int]] | None = None
 
     def __call__(self, query_id: int) -> list[int] | None:
         if self._pools is None:
             self._pools = self._read()
-        return self._pools.get(query_id)
+        pool = self._pools.get(query_id)
+        return None if pool is None else pool.tolist()
 
-    def _read(self) -> dict[int, list[int]]:
+    def _read(self) -> dict[int, array[int]]:
+        # arrays: a list of numbers takes five times the memory
         if isinstance(self.source, Mapping):
             where = Where("candidate_pools", "the dict")
-            return {_row(key, where): as_ids(pool, where, str(key)) for key, pool in self.source.items()}
-        pools: dict[int, list[int]] = {}
+            return {_row(key, where): array("q", as_ids(pool, where, str(key))) for key, pool in self.source.items()}
+        pools: dict[int, array[int]] = {}
         path = str(self.source)
         for key, label, record in iter_records(path):
             if key is not None and key.startswith("_"):
@@ -130,7 +133,8 @@ class PoolSource:
             pool = own_pool(record, where)
             if pool is None:
                 where.fail("candidate_ids", "the pool of the query", sorted(record))
-            pools[_row(key, where) if key is not None else as_id(record["query_id"], where, "query_id")] = pool
+            query = _row(key, where) if key is not None else as_id(record["query_id"], where, "query_id")
+            pools[query] = array("q", pool)
         return pools
 
 

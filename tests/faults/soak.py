@@ -71,6 +71,14 @@ class Run:
             time.sleep(0.01)
         return False
 
+    def wait_for_stage(self, stage: str) -> bool:
+        """Whether the run came to this stage."""
+        while self.parent.poll() is None:
+            if STAGES.index(where(self.output)) >= STAGES.index(stage):
+                return True
+            time.sleep(0.002)
+        return False
+
     def wait_for_a_save(self, seconds: float) -> None:
         """Waits for a checkpoint or a selector that is not there yet."""
 
@@ -106,14 +114,19 @@ class Soak:
         self.folder, self.processes = folder, processes
         self.files = planted.write_files(folder, planted.Planted())
         whole = self.start("whole")
-        started = time.monotonic()
         whole.wait_until_it_writes()
-        writing = time.monotonic()
-        if whole.parent.wait(WAIT):
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        before = time.monotonic()
+        while whole.parent.poll() is None:
+            time.sleep(0.01)
+            now = time.monotonic()
+            self.seconds[where(whole.output)] += now - before
+            before = now
+        if whole.parent.returncode:
             raise SystemExit(f"the undisturbed run failed; see {whole.log}")
-        self.seconds = time.monotonic() - writing
         self.undisturbed = left_behind(whole.output)
-        print(f"{processes} process(es): {self.seconds:.1f} s of work behind {writing - started:.1f} s of imports")
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
+        print(f"{processes} process(es): {stages}", flush=True)
 
     def start(self, name: str) -> Run:
         folder = self.folder / name
@@ -136,15 +149,20 @@ class Soak:
         return kills
 
     def live(self, name: str, rng: random.Random, kills: list[dict[str, Any]], number: int) -> str | None:
-        """Starts or goes on with a run and kills it, unless it is over first or there were enough; how it ended."""
+        """
+        Starts or goes on with a run and kills it at a random moment of a random stage of those to come, unless it is
+        over first, was killed in its last stage before, or there were enough; how it ended.
+        """
+        begun = where(self.folder / name / "out")
         run = self.start(name)
-        moment, saving = rng.uniform(0, self.seconds), rng.random() < 0.5
-        if run.wait_until_it_writes() and len(kills) < number:
+        wanted, saving = rng.choice(STAGES[STAGES.index(begun) :]), rng.random() < 0.5
+        more = begun != STAGES[-1] and len(kills) < number
+        if more and run.wait_until_it_writes() and run.wait_for_stage(wanted):
             try:
-                run.parent.wait(moment)
+                run.parent.wait(rng.uniform(0, self.seconds[wanted]))
             except subprocess.TimeoutExpired:
                 if saving:
-                    run.wait_for_a_save(self.seconds)
+                    run.wait_for_a_save(self.seconds[wanted])
                     time.sleep(rng.uniform(0, 0.02))
                 stage = where(run.output)
                 if run.parent.poll() is None:
