@@ -21,9 +21,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from datasets import Dataset
 
 from lever_grpo import GroupBeamGRPOConfig
 from lever_grpo.data import list_samples
@@ -58,7 +59,7 @@ ANSWERED = {
     "easy_vqa": "evaluate_easy_vqa.yaml",
 }  # tasks whose model comes as a package
 JUDGED = ("sft", "agreement", "rce", "grpo", "grpo_answers", "v2_sft")
-# the original setting, to the letter: five surviving beams, π_old fixed at the start, an estimator for the KL, raw
+# the original setting, to the letter: the five best beams, π_old fixed at the start, an estimator for the KL, raw
 # scores in RCE, advantages after the curriculum's cut, the last checkpoint
 LITERAL = {
     "rce_epochs": 1.0,
@@ -78,6 +79,8 @@ LITERAL = {
     "learning_rate": 3e-4,
     "num_train_epochs": 4.0,
 }
+ORIGINAL_BEAMS = 5
+PER_SEQUENCE = ("sequences", "scores", "shot_scores", "survived", "source")
 V2 = {
     "model_preset": "v2",
     "similarity_prior": False,
@@ -117,6 +120,19 @@ def with_values(arguments: Arguments, values: dict) -> Arguments:
     return changed
 
 
+def best_beams(groups: Dataset, size: int) -> Dataset:
+    """Groups of nothing but their best sequences, as logs that keep what a search ended with."""
+
+    def cut(row: dict) -> dict:
+        kept = sorted(np.argsort(-np.array(row["scores"]), kind="stable")[:size].tolist())
+        parts: dict[str, Any] = {name: [row[name][i] for i in kept] for name in PER_SEQUENCE}
+        if "columns" in row:
+            parts["columns"] = {name: [values[i] for i in kept] for name, values in row["columns"].items()}
+        return parts
+
+    return groups.map(cut, load_from_cache_file=False)
+
+
 def run_fold(task: str, fold: int, output: Path) -> None:
     """The flagship, judged on a part of the training queries; ends with `results.json` in its folder."""
     folder = output / task / f"fold{fold}"
@@ -152,8 +168,9 @@ def run_one(task: str, seed: int, queries: int | None, output: Path) -> None:
                 "grpo"
             ]
         literal = with_values(args, LITERAL)
-        original = with_values(recipe, {**V2, "sft_epochs": 10.0, "sft_learning_rate": 3e-4})
-        survivors = load_task(with_values(recipe, {"max_group_size": recipe.sft_num_beams}), seed)
+        imitation = {"sft_epochs": 10.0, "sft_learning_rate": 3e-4, "sft_num_beams": ORIGINAL_BEAMS}
+        original = with_values(recipe, {**V2, **imitation})
+        survivors = replace(data, train=best_beams(data.train, ORIGINAL_BEAMS))
         from_start = with_values(recipe, {"sft_ckpt": selectors["sft"], "agreement_steps": 0})
         selectors["grpo_scores_alone"] = train(from_start, args, data, folder / "scores_alone")[0]["grpo"]
         selectors["grpo_literal"] = train(from_start, literal, survivors, folder / "literal")[0]["grpo"]
