@@ -5,8 +5,8 @@
 For each task and seed: the flagship (SFT, agreement of answers, RCE, GRPO of `okvqa_v3.yaml`); where the log says
 which answers were right, the same with these as a second reward; the flagship without the agreement of answers, so on
 the log's scores alone; the literal original setting from the same SFT start; and the original system in full (a v2
-network from random weights, SFT, then the literal setting). On `emoji` also learning
-curves over the number of training queries. Then, for tasks with few held-out queries, a cross-validation of the
+network from random weights, SFT, then the literal setting). Where there are many training queries, also learning
+curves over their number. Then, for tasks with few held-out queries, a cross-validation of the
 flagship: five folds of the training queries, each judged by selectors that were trained on the other four. A run that
 is complete is not repeated, one that was cut off is resumed. Last, where the frozen model is installed, it answers the
 held-out queries with what every method chose. Ends with `docs/results.md`, `docs/cross_validation.md` and
@@ -28,6 +28,7 @@ from datasets import Dataset
 
 from lever_grpo import GroupBeamGRPOConfig
 from lever_grpo.data import list_samples
+from lever_grpo.metrics import paired_interval
 from lever_grpo.pipeline import RecipeArguments, judge, load_task, parse, train
 from lever_grpo.pipeline.evaluate import evaluate, parse_evaluate
 from lever_grpo.report import (
@@ -45,7 +46,8 @@ from lever_grpo.scorers.loading import default_model
 
 HERE = Path(__file__).resolve().parent
 FLAGSHIP = HERE / "okvqa_v3.yaml"
-LEARNING_CURVE = {"emoji": (150, 450)}  # training queries, beside all of them
+# training queries, beside all of them
+LEARNING_CURVE = {"emoji": (150, 450), "supersense": (500, 1000), "easy_vqa": (500, 1000)}
 # where groups hold more than what a search liked, there is more to learn from the scores
 MORE = ["--sft_num_beams", "3", "--learning_rate", "1e-3", "--grpo_epochs", "10"]
 CHANGES = {"supersense": MORE, "easy_vqa": MORE}
@@ -206,16 +208,22 @@ def gather_folds(output: Path, task: str) -> list[MethodResult]:
 
 
 def learning_curve(output: Path) -> list[dict]:
-    """Mean held-out reward against the number of training queries."""
+    """Share of the gap that is closed on held-out queries, against the number of training queries."""
     rows = []
     for task, sizes in LEARNING_CURVE.items():
         for size in (*sizes, None):
             pattern = "seed*" if size is None else f"queries{size}-seed*"
             if not any((output / task).glob(f"{pattern}/results.json")):
                 continue
-            means = {result.name: float(result.rewards.mean()) for result in gather(output, task, pattern)}
-            shown = {name: f"{means[name]:.3f}" for name in ("similarity", "sft", "agreement", "rce", "grpo")}
-            rows.append({"task": task, "training queries": size or "all", **shown})
+            results = {result.name: result.rewards for result in gather(output, task, pattern)}
+            low, high = results["random"].mean(), results["oracle"].mean()
+            names = ("similarity", "sft", "agreement", "rce", "grpo")
+            gain = [value / (high - low) for value in paired_interval(results["grpo"], results["sft"])]
+            rows.append(
+                {"task": task, "training queries": size or "all", "seeds": len(results["grpo"])}
+                | {name: f"{(results[name].mean() - low) / (high - low):.3f}" for name in names}
+                | {"grpo - sft": f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]"}
+            )
     return rows
 
 
@@ -287,7 +295,7 @@ def main() -> None:
     report = pool_tasks(
         {task: gather(arguments.output_dir, task, "seed*") for task in arguments.tasks},
         title="Results",
-        sections={"Learning curve (mean held-out reward)": learning_curve(arguments.output_dir)},
+        sections={"Learning curve (share of the gap closed)": learning_curve(arguments.output_dir)},
     )
     write_report(report, arguments.output_dir)
     (arguments.docs / "results.md").write_text(to_markdown(report), encoding="utf-8")
