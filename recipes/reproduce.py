@@ -4,8 +4,9 @@
 
 For each task and seed: the flagship (SFT, agreement of answers, RCE, GRPO of `okvqa_v3.yaml`); where the log says
 which answers were right, the same with these as a second reward; the flagship without the agreement of answers, so on
-the log's scores alone; the literal original setting from the same SFT start; and the original system in full (a v2
-network from random weights, SFT, then the literal setting). Where there are many training queries, also learning
+the log's scores alone; the literal original setting from the same SFT start; the original system in full (a v2
+network from random weights, SFT, then the literal setting); and, on the tasks with 2,000 queries, SFT and GRPO of a v3
+network on the similarity prior. Where there are many training queries, also learning
 curves over their number. Then, for tasks with few held-out queries, a cross-validation of the
 flagship: five folds of the training queries, each judged by selectors that were trained on the other four. A run that
 is complete is not repeated, one that was cut off is resumed. Last, where the frozen model is installed, it answers the
@@ -60,7 +61,7 @@ ANSWERED = {
     "emoji": "evaluate_icl.yaml",
     "easy_vqa": "evaluate_easy_vqa.yaml",
 }  # tasks whose model comes as a package
-JUDGED = ("sft", "agreement", "rce", "grpo", "grpo_answers", "v2_sft")
+JUDGED = ("sft", "agreement", "rce", "grpo", "grpo_answers", "v2_sft", "v3_sft", "v3_grpo")
 # the original setting, to the letter: the five best beams, π_old fixed at the start, an estimator for the KL, raw
 # scores in RCE, advantages after the curriculum's cut, the last checkpoint
 LITERAL = {
@@ -91,6 +92,8 @@ V2 = {
     "dropout": 0.1,
     "agreement_steps": 0,
 }
+# a network as large on the similarity prior, where there are queries enough for one: chosen on validation queries
+V3 = {**V2, "model_preset": "v3", "similarity_prior": True}
 
 
 FOLD_NOTES = f"""\
@@ -178,6 +181,10 @@ def run_one(task: str, seed: int, queries: int | None, output: Path) -> None:
         selectors["grpo_literal"] = train(from_start, literal, survivors, folder / "literal")[0]["grpo"]
         v2, _ = train(original, literal, survivors, folder / "v2")
         selectors.update(v2_sft=v2["sft"], v2_grpo_literal=v2["grpo"])
+        if task in CHANGES:
+            network, slower = with_values(recipe, {**V3, **imitation}), with_values(args, {"learning_rate": 3e-4})
+            v3, _ = train(network, slower, data, folder / "v3")
+            selectors.update(v3_sft=v3["sft"], v3_grpo=v3["grpo"])
     save_results(judge(data, selectors), folder / "results.json")
 
 
@@ -229,7 +236,7 @@ def learning_curve(output: Path) -> list[dict]:
 
 def selectors_of(output: Path, task: str) -> list[str]:
     """All seeds of the selectors of a task, as `lever-grpo evaluate` takes them."""
-    places = {"grpo_answers": "answers/grpo", "v2_sft": "v2/sft"}
+    places = {"grpo_answers": "answers/grpo", "v2_sft": "v2/sft", "v3_sft": "v3/sft", "v3_grpo": "v3/grpo"}
     found = []
     for name in JUDGED:
         found += [f"{name}={path}" for path in sorted((output / task).glob(f"seed*/{places.get(name, name)}"))]
