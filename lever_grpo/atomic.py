@@ -44,14 +44,23 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # writing to a full disk names no file
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name is in the folder, which has its own cache
-        folder = os.open(path.parent, os.O_RDONLY)
+    flush([path.parent])  # the new name is in the folder, which has its own cache
+
+
+def flush(paths: Iterable[Path]) -> None:
+    """Has the system write files and folders to the disk, so that they are whole behind a power cut (POSIX)."""
+    for path in paths if os.name == "posix" else ():
+        number = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(number)
         finally:
-            os.close(folder)
+            os.close(number)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel
 
+from ..atomic import refuse_links
 from ..models import SelectorConfig
 from .checkpoint_files import Checkpoint, read_checkpoint, shorten
 from .lever_lm import EMBEDDINGS, convert_lever_lm
@@ -97,6 +98,7 @@ def convert_checkpoint(path: str | Path, output_dir: str | Path, **options: Any)
         FileNotFoundError: if there is no such file.
     """
     folder = Path(output_dir)
+    refuse_links(folder / name for name in FILES)
     earlier = [name for name in FILES if (folder / name).exists()]
     if earlier:
         raise ValueError(

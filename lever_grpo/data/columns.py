@@ -23,7 +23,7 @@ import simdjson
 from .formats import parse_record, record_kind
 from .groups import NOTES, group_rows
 from .orders import to_search_order
-from .readers import Record, load_text
+from .readers import Record, load_text, names_once
 from .records import BeamDataError, Group, Options, Where
 
 
@@ -161,8 +161,6 @@ def plain_table(batch: list[Record], options: Options, schema: pa.Schema) -> pa.
         record: Any = orjson.loads(text) if kind == "scored" else parser.parse(text)
         if list(record) != fields:
             raise NotPlain
-        # of a field that stands twice, orjson keeps the last: `load_text` has a closer look
-        _need(kind != "scored" or all(text.count(b'"%b"' % name.encode()) == 1 for name in fields))
         if has_query_id or key is None:
             stated.append(record["query_id"])
         query_id = stated[-1] if key is None else int(key)
@@ -171,14 +169,19 @@ def plain_table(batch: list[Record], options: Options, schema: pa.Schema) -> pa.
         _add_pool(flat, record[pool] if pool else options.pool_of(query_id))
         if kind == "scored":
             _add_scored(flat, record["sequences"], options)
+            _need(names_once(text, record))
         else:
             _need(kind in ("lever_lm", "group"))
             add = _add_lever_lm if kind == "lever_lm" else _add_group
             # simdjson runs lists inside lists together: there must be none that was not counted
-            lists = add(flat, record, fields, options) + (pool is not None)
+            lists, colons = add(flat, record, fields, options)
             for name in others:
-                lists += _brackets(record[name])
+                more = _marks(record[name])
+                lists, colons = lists + more[0], colons + more[1]
+            lists, colons = lists + (pool is not None), colons + len(fields)
             _need(text.count(b"[") == lists and (b"\\" not in text or b"\\u005" not in text))
+            # each name brings a colon: there must be none that was not counted, or no object with a name twice
+            _need(text.count(b":") == colons or names_once(text, orjson.loads(text)))
         del record  # the parser takes the next text when nothing refers to this one
     _need(all(key is None or (key.isdecimal() and len(key) <= 19) for key, _, _ in batch))  # as long as the largest id
     _need(not stated or (set(map(type, stated)) == {int} and stated == flat.query_ids))
@@ -193,8 +196,8 @@ def _add_pool(flat: Flat, pool: Any) -> None:
     flat.pools += _numbers(pool, {int}, np.int64) if isinstance(pool, list) else pool.as_buffer(of_type="i")
 
 
-def _add_lever_lm(flat: Flat, record: Any, fields: list[str], options: Options) -> int:
-    """Returns how many lists it saw."""
+def _add_lever_lm(flat: Flat, record: Any, fields: list[str], options: Options) -> tuple[int, int]:
+    """Returns how many lists and colons it saw inside the values."""
     beams = record["id_list"]
     count = len(beams)
     flat.order = "lever_lm"
@@ -217,7 +220,8 @@ def _add_lever_lm(flat: Flat, record: Any, fields: list[str], options: Options) 
         flat.gain_counts += [0] * count
         flat.scores += record["score_list"].as_buffer(of_type="d")
         lists += 1
-    return lists + (_brackets(record["beams"]) if "beams" in fields else 0)
+    more = _marks(record["beams"]) if "beams" in fields else (0, 0)
+    return lists + more[0], more[1]
 
 
 def _add_scored(flat: Flat, entries: Any, options: Options) -> None:
@@ -247,8 +251,8 @@ def _add_scored(flat: Flat, entries: Any, options: Options) -> None:
         flat.rewards[name] += _numbers([entry.get(name) for entry in entries], REWARD)
 
 
-def _add_group(flat: Flat, record: Any, fields: list[str], options: Options) -> int:
-    """Returns how many lists it saw."""
+def _add_group(flat: Flat, record: Any, fields: list[str], options: Options) -> tuple[int, int]:
+    """Returns how many lists and colons it saw inside the values, less the notes."""
     sequences = record["sequences"]
     count = len(sequences)
     flat.order = "positions"
@@ -257,7 +261,7 @@ def _add_group(flat: Flat, record: Any, fields: list[str], options: Options) -> 
     flat.ids += sequences.as_buffer(of_type="i")
     flat.scores += record["scores"].as_buffer(of_type="d")
     _need("candidate_pool_ids" not in fields and len(record["scores"]) == count)
-    lists = 2 + count
+    lists, colons = 2 + count, 0
     if "shot_scores" in fields:
         shots = record["shot_scores"]
         _need(len(shots) == count)
@@ -274,7 +278,8 @@ def _add_group(flat: Flat, record: Any, fields: list[str], options: Options) -> 
     if "columns" in fields:
         columns = record["columns"]
         _need(isinstance(columns, simdjson.Object))
-        lists += len(_names(columns))
+        colons = len(_names(columns))
+        lists += colons
         for name in options.reward_columns:
             _need(len(columns[name]) == count)
             try:
@@ -284,9 +289,10 @@ def _add_group(flat: Flat, record: Any, fields: list[str], options: Options) -> 
     else:
         _need(not options.reward_columns)
     if "notes" in fields:
+        _names(record["notes"])
         for name, value in record["notes"].as_dict().items():
             flat.notes[name].append(value)
-    return lists
+    return lists, colons
 
 
 def _numbers(values: list[Any], types: set[type], dtype: Any = np.float64) -> bytes:
@@ -302,11 +308,14 @@ def _names(record: Any) -> list[str]:
     return names
 
 
-def _brackets(value: Any) -> int:
-    """How often `[` stands in the text of a value."""
+def _marks(value: Any) -> tuple[int, int]:
+    """How often `[` and `:` stand in the text of a value that is not read."""
+    text: Any = b""
     if isinstance(value, (simdjson.Array, simdjson.Object)):
-        return value.mini.count(b"[")  # type: ignore[arg-type]  # it is bytes, whatever the stub says
-    return value.count("[") if isinstance(value, str) else 0
+        text = value.mini  # it is bytes, whatever the stub says
+    elif isinstance(value, str):
+        text = value.encode()
+    return text.count(b"["), text.count(b":")
 
 
 def _need(condition: Any) -> None:

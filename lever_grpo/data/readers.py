@@ -7,13 +7,12 @@ The layout is found from the content, never from the file's name:
 * `array`: one JSON list of records;
 * `lines`: one JSON record a line (format 4).
 
-JSON may be gzipped.
+JSON may be gzipped. No file of JSON is read whole: objects and arrays are cut at their commas into one text a record.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import re
 import reprlib
@@ -23,7 +22,6 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-import ijson
 import numpy as np
 import orjson
 import pyarrow as pa
@@ -36,13 +34,15 @@ from .records import BeamDataError
 Record = tuple[str | None, str, Any]  # key, label, content
 HEAD_BYTES = 1 << 16
 _FIRST_KEY = re.compile(rb'\{\s*"((?:[^"\\]|\\.)*)"\s*:')
-# a key of a log, in the plain form that all writers use
+# a key of a log, in the plain form that all writers use; and any
 _KEY = re.compile(rb'"(\d+|_[^"\\\x00-\x1f]*)"[ \t\r\n]*:')
+_NAME = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:')
+_STEPS = np.zeros(256, dtype=np.int64)  # of levels, at each byte
+_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 _BLANKS = b" \t\r\n"
 BLOCK_BYTES = 1 << 18
 MAX_RECORD_BYTES = 1 << 24
-MAX_LEVELS = 200  # of brackets: the stream parser takes memory with the square of their number
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+DAMAGED = "is the file damaged, or cut short?"
 _UNPACKING = (EOFError, gzip.BadGzipFile, zlib.error)  # of a gzip file that is cut short or damaged
 _UTF8_BOM = b"\xef\xbb\xbf"
 
@@ -129,69 +129,131 @@ def _iter_layout(path: str, layout: str) -> Iterator[Record]:
     if layout == "parquet":
         yield from _iter_parquet(path)
     elif layout == "lines":
-        yield from _iter_lines(path)
+        yield from ((None, label, line) for label, line in iter_lines(path))
     elif layout == "array":
-        for i, record in enumerate(_iter_json(path, "item")):
+        for i, record in enumerate(_iter_members(path)):
             yield None, f"record {i}", record
     else:
-        seen: set[str] = set()
+        seen = _Seen()
         for key, record in _iter_object(path):
             label = f"record '{key if len(key) <= 40 else key[:37] + '...'}'"
-            if key in seen:
+            if not seen.add(key):
                 raise BeamDataError(
                     f"{path}: {label}: expected each query once, found the key twice; merge the two records into one"
                 )
-            seen.add(key)
             yield key, label, record
+
+
+class _Seen:
+    """The keys of a log so far. Row ids, as they mostly are, take a bit each, in words of `IDS`."""
+
+    IDS = 512
+
+    def __init__(self) -> None:
+        self.words: dict[int, int] = {}
+        self.others: set[str] = set()
+
+    def add(self, key: str) -> bool:
+        """Whether it is new."""
+        if not key.isdecimal() or len(key) > 19 or str(number := int(key)) != key:
+            new = key not in self.others
+            self.others.add(key)
+            return new
+        place, bit = number // self.IDS, 1 << number % self.IDS
+        word = self.words.get(place, 0)
+        self.words[place] = word | bit
+        return not word & bit
 
 
 def load_text(path: str, text: Record) -> Record:
     """A record of `iter_texts`, parsed.
 
     Raises:
-        [`BeamDataError`]: a line is no JSON.
+        [`BeamDataError`]: it is no JSON, or names a field twice.
     """
     key, label, record = text
     if not isinstance(record, bytes):
         return text
-    content: bytes = record
-    try:
-        record = orjson.loads(content)
-        # counting is quick, and a name that stands once can be no field that stands twice
-        if isinstance(record, dict) and any(content.count(b'"%b"' % name.encode()) > 1 for name in record):
-            json.loads(content, object_pairs_hook=_unique_keys)
-    except BeamDataError as error:
-        raise BeamDataError(f"{path}: {label}: {error}") from None
-    except orjson.JSONDecodeError:
-        try:
-            record = json.loads(content)  # NaN and huge integers: the record's own checks will name the field
-            json.dumps(record, ensure_ascii=False).encode()  # no half of a surrogate pair
-        except (ValueError, RecursionError) as error:
-            raise BeamDataError(
-                f"{path}: {label}: expected one JSON record a line, found invalid JSON ({error}); "
-                "a keyed log must have row indices (or _metadata) as its keys"
-            ) from None
+    place = f"{path}: {label}"
+    if label.startswith("line"):
+        keyed = "a keyed log must have row indices (or _metadata) as its keys"
+        record = parse_json(record, place, "one JSON record a line", keyed)
+    else:
+        record = parse_json(record, place)
     if key is None and isinstance(record, dict) and "query_id" in record:
         label += f", query {reprlib.repr(record['query_id'])}"
     return key, label, record
 
 
-def _iter_lines(path: str) -> Iterator[Record]:
+def parse_json(text: bytes, place: str, expected: str = "valid JSON", fix: str = DAMAGED) -> Any:
+    """The value of a JSON text; NaN, infinities and whole numbers of any size are let through, as Python writes them.
+
+    Args:
+        text (`bytes`):
+            In UTF-8.
+        place (`str`):
+            The file and the record, for errors.
+        expected, fix (`str`, *optional*):
+            What it should be, and what to do when it is no JSON.
+
+    Raises:
+        [`BeamDataError`]: it is no JSON, or an object in it names a field twice, of which JSON itself would silently
+            keep the last.
+
+    Example:
+
+    ```python
+    >>> from lever_grpo.data.readers import parse_json
+    >>> parse_json(b'{"scores": [1.0, NaN]}', "log.jsonl: line 1")
+    {'scores': [1.0, nan]}
+    >>> parse_json(b'[{"score": 1, "score": 9}]', "log.jsonl: line 2")
+    Traceback (most recent call last):
+    lever_grpo.data.records.BeamDataError: log.jsonl: line 2, field 'score': expected it once, found it twice
+
+    ```
+    """
+    try:
+        value = orjson.loads(text)
+        if names_once(text, value):
+            return value
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # the second: of more levels than can be written
+        pass
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=_unique_names)
+        json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
+    except BeamDataError as error:
+        raise BeamDataError(f"{place}, {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise BeamDataError(f"{place}: expected {expected}, found invalid JSON ({error}); {fix}") from None
+    return value
+
+
+def names_once(text: bytes, value: Any) -> bool:
+    """Whether no object of a JSON text names a field twice, told from the `value` that orjson found there; quick.
+
+    Each name has a colon behind it, which is not there any more when the value is written. False where colons are
+    escaped, too.
+    """
+    return orjson.dumps(value).count(b":") == text.count(b":") and b"\\u003" not in text
+
+
+def iter_lines(path: str) -> Iterator[tuple[str, bytes]]:
+    """The lines of a file that are not blank, with their names in errors; a line has a bounded size."""
     with open_binary(path) as stream:
         lines = iter(lambda: stream.readline(MAX_RECORD_BYTES + 1), b"")
         for number, line in enumerate(lines, start=1):
             if len(line) > MAX_RECORD_BYTES:
                 raise _too_large(path, f"line {number}")
             if line.strip():
-                yield None, f"line {number}", line
+                yield f"line {number}", line
 
 
-def _iter_object(path: str) -> Iterator[tuple[str, Any]]:
-    """Keys and values of a file that is one JSON object; values are JSON text as far as possible.
+def _iter_object(path: str) -> Iterator[tuple[str, bytes]]:
+    """Keys and values of a file that is one JSON object; values are JSON text.
 
     The file is cut where something looks like a key. If every piece is one JSON value and a comma, the cuts are right,
     as JSON can be read in one way only. If a piece is not (it was the key of an object inside, or a string that looks
-    like one; or the file is damaged, or holds NaN), the stream parser takes over from that record on.
+    like one; or the file is damaged, or holds NaN), the slower cutting takes over from that record on.
     """
     done = 0
     with open_binary(path) as stream:
@@ -202,7 +264,17 @@ def _iter_object(path: str) -> Iterator[tuple[str, Any]]:
             return
         except (ValueError, RuntimeError):  # RuntimeError: a number that simdjson cannot hold
             pass
-    yield from islice(_iter_json(path, ""), done, None)
+    for i, member in enumerate(islice(_iter_members(path), done, None), start=done):
+        name = _NAME.match(member)
+        try:
+            key = orjson.loads(name[1]) if name else None
+        except orjson.JSONDecodeError:
+            key = None
+        if name is None or key is None:
+            raise BeamDataError(
+                f"{path}: expected valid JSON, found no key after {i} records; the file is damaged or cut short"
+            )
+        yield key, member[name.end() :]
 
 
 def _iter_pieces(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
@@ -230,63 +302,51 @@ def _iter_pieces(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     yield key, rest[:-1]
 
 
-def _iter_json(path: str, prefix: str) -> Iterator[Any]:
-    done = 0
-    try:
-        with open_binary(path) as stream:
-            parse = ijson.kvitems if prefix == "" else ijson.items
-            guarded = _Guarded(stream, path)
-            for item in parse(guarded, prefix, use_float=True, buf_size=1 << 18):
-                yield item
-                done += 1
-                guarded.left, guarded.done = MAX_RECORD_BYTES, done
-        return
-    except ijson.JSONError as error:
-        reason = str(error).splitlines()[0]
-    # The stream parser stops at NaN, infinities and integers beyond int64, which Python writes and reads. Read such a
-    # file whole, so that the record that holds the value is named (or the value passes, if nobody asks for it).
-    with open_binary(path) as stream, io.TextIOWrapper(stream, encoding="utf-8") as text:
-        try:
-            whole = json.load(text, object_pairs_hook=_unique_keys)
-        except BeamDataError as error:
-            raise BeamDataError(f"{path}: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise BeamDataError(
-                f"{path}: expected valid JSON, found an error after {done} records ({reason}; {error}); "
-                "the file is damaged or cut short"
-            ) from None
-    yield from list(whole.items() if isinstance(whole, dict) else whole)[done:]
+def _iter_members(path: str) -> Iterator[bytes]:
+    """What stands between the outermost brackets and commas of a file of JSON, each text as it is.
 
-
-class _Guarded:
-    """A stream of JSON for the stream parser, which knows no limits: an error where a record is too large or deep."""
-
-    def __init__(self, stream: IO[bytes], path: str):
-        self.stream, self.path, self.done, self.left = stream, path, 0, MAX_RECORD_BYTES
-        self.level, self.in_string, self.escape = 0, 0, b""
-
-    def read(self, size: int = -1) -> bytes:
-        block = self.stream.read(size)
-        self.left -= len(block)
-        if self.left < 0:
-            raise _too_large(self.path, f"record {self.done}")
-        text = self.escape + block
-        odd = (len(text) - len(text.rstrip(b"\\"))) % 2  # a backslash whose other half is in the next block
-        text, self.escape = text[: len(text) - odd], b"\\" * odd
-        if b"\\" in text:
-            text = re.sub(rb"\\.", b"", text, flags=re.DOTALL)
-        pieces = text.split(b'"')  # every other one is the inside of a string
-        brackets = b"".join(pieces[self.in_string :: 2]).translate(None, _NO_BRACKETS)
-        self.in_string = (self.in_string + len(pieces) - 1) % 2
-        if brackets:
-            code = np.frombuffer(brackets, dtype=np.uint8)
-            levels = self.level + np.cumsum(np.where((code == ord("[")) | (code == ord("{")), 1, -1))
-            self.level = int(levels[-1])
-            if levels.max() > MAX_LEVELS:
-                raise BeamDataError(
-                    f"{self.path}: record {self.done}: expected at most {MAX_LEVELS} levels of nesting, found more"
-                )
-        return block
+    The file is valid JSON just if all of these are, which whoever parses them finds out.
+    """
+    level, inside, half = 1, 0, b""  # inside a string; a backslash whose other half is in the next block
+    done, size = 0, 0
+    parts: list[bytes] = []  # of the open one
+    with open_binary(path) as stream:
+        while (opening := stream.read(1)).isspace():
+            pass
+        while block := stream.read(BLOCK_BYTES):
+            text = plain = half + block
+            half = b""
+            if b"\\" in text:
+                plain = re.sub(rb"\\.", b"__", text, flags=re.DOTALL)
+                if plain.endswith(b"\\"):
+                    text, plain, half = text[:-1], plain[:-1], b"\\"
+            code = np.frombuffer(plain, dtype=np.uint8)
+            marks = np.flatnonzero((code == 34) | (code == 91) | (code == 93) | (code == 123) | (code == 125))  # "[]{}
+            code = code[marks]
+            insides = (np.cumsum(code == 34) + inside) % 2
+            levels = np.cumsum(np.where(insides, 0, _STEPS[code])) + level
+            ends = [*marks.tolist(), len(text)]
+            gaps = np.flatnonzero((levels == 1) & (insides == 0)).tolist()  # behind which marks the commas may be
+            start = 0
+            for begin, end in [(0, ends[0])] * (level == 1 and not inside) + [(ends[i], ends[i + 1]) for i in gaps]:
+                while (comma := plain.find(b",", begin, end)) >= 0:
+                    yield b"".join((*parts, text[start:comma]))
+                    start = begin = comma + 1
+                    done, parts, size = done + 1, [], 0
+            parts.append(text[start:])
+            size += len(parts[-1])
+            if size > MAX_RECORD_BYTES:
+                raise _too_large(path, f"record {done}")
+            if len(marks):
+                level, inside = int(levels[-1]), int(insides[-1])
+    last, closing = b"".join((*parts, half)).rstrip(), b"}" if opening == b"{" else b"]"
+    if level or not last.endswith(closing):
+        raise BeamDataError(
+            f"{path}: expected valid JSON up to its last {closing.decode()!r}, found something else after {done} "
+            "records; the file is damaged or cut short"
+        )
+    if done or last[:-1].strip():
+        yield last[:-1]
 
 
 def _too_large(path: str, label: str) -> BeamDataError:
@@ -296,18 +356,21 @@ def _too_large(path: str, label: str) -> BeamDataError:
     )
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise BeamDataError(f"record '{twice}': expected each key once, found the key twice")
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BeamDataError(f"field {twice!r}: expected it once, found it twice")
     return result
 
 
 def _iter_parquet(path: str) -> Iterator[tuple[None, str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise BeamDataError(f"{path}: expected each column once, found {twice} twice")
             row = 0
             for batch in file.iter_batches(batch_size=64):
                 for record in batch.to_pylist():

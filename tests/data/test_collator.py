@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from lever_grpo.data import BeamDataError, DataCollatorForBeams, EmbeddingStore, split_by_query
+from lever_grpo.data.collator import LazyDataset, collate_groups
 
 
 QUESTION = np.arange(40, dtype=np.float16).reshape(20, 2)
@@ -83,6 +84,45 @@ def test_loader_with_workers_and_pickle(tmp_path):
     assert pickle.loads(pickle.dumps(collate))(ROWS)["query_ids"].tolist() == [7, 8]
     loader = DataLoader(Dataset.from_list(ROWS), batch_size=1, collate_fn=collate, num_workers=1)
     assert [batch["query_ids"].item() for batch in loader] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Dataset.from_list(ROWS),
+        Dataset.from_list([*ROWS, *ROWS]).select([3, 0]),  # an index between row and place
+        Dataset.from_list([{name: row[name] for name in ROWS[0] if name != "survived"} for row in ROWS]),
+        Dataset.from_list([{**ROWS[0], "columns": None}, {**ROWS[1], "columns": {"correct": [0.25]}}]),
+        Dataset.from_list([{**row, "survived": None} for row in ROWS]),
+    ],
+    ids=["as it is", "selected", "no survived", "no columns in a row", "null survived"],
+)
+def test_rows_in_arrow_give_the_same_batch_as_dicts(dataset):
+    rows = LazyDataset(dataset).__getitems__([1, 0])
+    plain = [dataset[1], dataset[0]]
+    assert [dict(row) for row in rows] == plain and len(rows) == 2
+    for row in plain:
+        row["columns"] = row["columns"] or {"correct": None}
+    (groups, ids), (expected, expected_ids) = collate_groups(rows), collate_groups(plain)
+    assert ids.tolist() == expected_ids.tolist()
+    groups, expected = ({**found.pop("rewards"), **found} for found in (groups, expected))
+    assert groups.keys() == expected.keys()
+    for name, value in expected.items():
+        assert groups[name].dtype == value.dtype
+        torch.testing.assert_close(groups[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_bad_rows_in_arrow_are_named():
+    bad = [{**ROWS[0], "sequences": [[0, 5], [1], [2]]}, {**ROWS[1], "scores": [1.0, 2.0]}]
+    bad += [{**ROWS[0], "candidate_ids": []}, {**ROWS[1], "scores": [-1e300]}]
+    rows = LazyDataset(Dataset.from_list(bad))
+    for index, match in enumerate(["query 7.*pool of 3.*5", "query 8.*expected 1 values of 'scores'.*found 2"]):
+        with pytest.raises(BeamDataError, match=match):
+            collate_groups(rows.__getitems__([index]))
+    with pytest.raises(BeamDataError, match="query 7: expected at least one candidate"):
+        collate_groups(rows.__getitems__([2]))
+    with pytest.raises(BeamDataError, match="query 8: expected 'scores' in the range of float32.*-1e[+]300"):
+        collate_groups(rows.__getitems__([3]))
 
 
 def test_widths_say_what_lies_side_by_side(collate):

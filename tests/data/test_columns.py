@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import tracemalloc
 
 import orjson
 import pyarrow as pa
@@ -14,7 +15,7 @@ from lever_grpo.data import BeamDataError, columns, load_beams
 from lever_grpo.data.columns import NotPlain, batches, plain_table, read_tables
 from lever_grpo.data.formats import parse_record
 from lever_grpo.data.groups import group_features, group_rows
-from lever_grpo.data.readers import iter_records, iter_texts
+from lever_grpo.data.readers import _Seen, iter_records, iter_texts
 from lever_grpo.data.records import Options, Where
 
 
@@ -317,6 +318,20 @@ def test_cuts_in_an_object_are_only_taken_where_they_are_right(tmp_path, monkeyp
         for size in (1, 7, 1000, 1 << 20):
             monkeypatch.setattr("lever_grpo.data.readers.BLOCK_BYTES", size)
             assert {key: record for key, _, record in iter_records(str(path))} == log
+
+
+def test_what_finds_a_query_twice_takes_a_bit_a_query():
+    """Exact for every key, and no more than 16 bytes each for row ids, however they are picked from their split."""
+    keys = [str(i) for i in random.Random(0).sample(range(1_000_000), 100_000)]
+    tracemalloc.start()
+    seen = _Seen()
+    assert all(map(seen.add, keys))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * len(keys)
+    assert not any(map(seen.add, keys))
+    others = ["_meta", "07", "-7", "\u0667", "9" * 19, "9" * 20, str(2**63), "1000000"]
+    assert all(map(seen.add, others)) and not any(map(seen.add, others))
 
 
 @pytest.mark.parametrize("keyed", [True, False])

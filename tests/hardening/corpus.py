@@ -49,6 +49,7 @@ class Case:
 LOGS: list[Case] = []
 POOLS: list[Case] = []
 TASKS: list[Case] = []
+VQA: list[Case] = []
 EMBEDDINGS: list[Case] = []
 CONFIGS: list[Case] = []
 MODELS: list[Case] = []
@@ -246,17 +247,17 @@ def parquet_with_nulls(path):
 # ---------------------------------------------------------------- logs: JSON that is none
 
 
-@case(LOGS, "log.json", "expected valid JSON, found an error after 1 records .*damaged or cut short")
+@case(LOGS, "log.json", "expected valid JSON up to its last '}', found something else after 1 records.*cut short")
 def object_cut_short():
     return text({"7": lever_lm(), "8": lever_lm(8)})[:-30]
 
 
-@case(LOGS, "log.json", "expected valid JSON.*(trailing|Extra)")
+@case(LOGS, "log.json", "expected valid JSON up to its last '}'")
 def object_with_something_behind():
     return text({"7": lever_lm()}) + "and more"
 
 
-@case(LOGS, "log.json", "expected valid JSON.*(trailing|Extra)")
+@case(LOGS, "log.json", "record '7': expected valid JSON, found .*Extra")
 def two_objects():
     return text({"7": lever_lm()}) * 2
 
@@ -276,17 +277,22 @@ def zero_bytes_behind_a_line():
     return lines(scored()) + "\0\0"
 
 
+@case(LOGS, "log.json", "line 2: expected one JSON record a line")
+def line_cut_short_with_carriage_returns():
+    return lines(scored(), scored(query_id=8))[:-30].replace("\n", "\r\n") + "\r\n"
+
+
 @case(LOGS, "log.json", "line 1: expected one JSON record a line")
 def carriage_returns_alone():
     return lines(scored(), scored(query_id=8)).replace("\n", "\r")
 
 
-@case(LOGS, "log.json", "depth|deep|nest|levels")
+@case(LOGS, "log.json", "record '7': .*recursion")
 def deep_nesting_in_an_object():
     return f'{{"7": {{"id_list": {DEEP}}}}}'
 
 
-@case(LOGS, "log.json", "depth|deep|nest|levels")
+@case(LOGS, "log.json", "record 0: .*recursion")
 def deep_nesting_in_an_array():
     return DEEP
 
@@ -301,7 +307,7 @@ def nesting_where_a_sequence_should_be():
     return f'{{"query_id": 7, "pool": [1], "sequences": {"[" * 900}{"]" * 900}}}'
 
 
-@case(LOGS, "log.json", "line 1.*(deep|nest|levels)")
+@case(LOGS, "log.json", "line 1.*(recursion|levels)")
 def nesting_as_deep_as_the_parser_goes():
     return f'{{"query_id": 7, "pool": [1], "sequences": {"[" * 1020}{"]" * 1020}}}'
 
@@ -348,13 +354,54 @@ def key_twice():
     return f'{{"7": {text(lever_lm())}, "7": {text(lever_lm())}}}'
 
 
-@case(
-    LOGS,
-    "log.json",
-    "query_id.*twice",
-)
+TWICE = '{"prompt_order": [10], "score": 1, "score": 9}'
+
+
+@case(LOGS, "log.json", "line 1, field 'query_id': expected it once, found it twice")
 def field_twice():
     return f'{{"query_id": 8, {text(scored())[1:]}'
+
+
+@case(LOGS, "log.json", "line 2, field 'score': expected it once, found it twice")
+def field_of_a_sequence_twice():
+    return lines(scored(query_id=8)) + put(TWICE, scored("@"))
+
+
+@case(LOGS, "log.json", "record 1, field 'score': expected it once, found it twice")
+def field_of_a_sequence_twice_in_an_array():
+    return put(TWICE, [scored(query_id=8), scored("@")])
+
+
+@case(LOGS, "log.json", "record '7', field 'score': expected it once, found it twice")
+def field_of_a_shot_twice_in_an_object():
+    return put('{"id": 10, "score": 1, "score": 9}', {"7": {"beams": [{"shots": ["@"]}], "candidate_ids": POOL}})
+
+
+@case(LOGS, "log.json", "line 1, field 'score': expected it once, found it twice")
+def field_twice_beside_an_escaped_colon():
+    return put(TWICE.replace("}", ', "source": "\\u003a"}'), scored("@"))
+
+
+@case(LOGS, "log.json", "line 1, field 'score': expected it once, found it twice")
+def field_twice_beside_nan():
+    return put(TWICE.replace("9", "NaN"), scored("@"))
+
+
+@case(LOGS, "log.json", "line 1, field 'correct': expected it once, found it twice")
+def column_twice():
+    return put('{"correct": [1, 0], "correct": [0, 1]}', group(columns="@"))
+
+
+@case(LOGS, "log.json", "line 1, field 'repeats': expected it once, found it twice")
+def note_twice():
+    return put('{"repeats": 1, "repeats": 2}', group(notes="@"))
+
+
+@case(LOGS, "log.parquet", "expected each column once, found .*'scores'")
+def parquet_with_a_column_twice(path):
+    names = ["query_id", "candidate_ids", "sequences", "scores", "scores"]
+    columns = [[7], [POOL], [[[0]]], [[1.0]], [[9.0]]]
+    pq.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], names), path)
 
 
 @case(LOGS, "log.json", "line 2, field 'record': expected one of 'id_list'")
@@ -643,7 +690,7 @@ def task_with_an_id_twice():
 
 @case(TASKS, "task.jsonl", r"line 1, field 'id': expected a row id from 0 to 2\*\*63 - 1")
 def task_with_an_id_beyond_int64():
-    return lines(row(id=10**30))
+    return lines(row(id=2**63))
 
 
 @case(TASKS, "task.jsonl", r"line 1, field 'id': expected a row id \(a whole number\), found nan")
@@ -661,7 +708,12 @@ def task_with_a_number_as_answer():
     return lines(row(answers=[1]))
 
 
-@case(TASKS, "task.jsonl", "line 1, field 'question': expected text that can be written as UTF-8")
+@case(TASKS, "task.jsonl", "line 2, field 'answer': expected it once, found it twice")
+def task_with_a_field_twice():
+    return lines(row(id=1)) + '{"id": 2, "question": "?", "answer": "yes", "answer": "no"}'
+
+
+@case(TASKS, "task.jsonl", "line 1: expected one JSON record a line, found .*surrogates")
 def task_with_half_of_a_surrogate_pair():
     return lines(row(question="\ud800"))
 
@@ -681,6 +733,46 @@ def task_folder_without_its_state(path):
     path.mkdir()
     (path / "dataset_info.json").write_text("{}")
     (path / "state.json").write_text("{}")
+
+
+# ---------------------------------------------------------------- questions in the official layout of VQA
+
+QUESTION = {"question_id": 42, "image_id": 7, "question": "What is this?"}
+
+
+@case(VQA, "questions.json", "expected valid JSON, found .*is the file damaged, or cut short")
+def questions_cut_short():
+    return text({"questions": [QUESTION]})[:-5]
+
+
+@case(VQA, "questions.json.gz", "expected a file that can be unpacked, found .*end-of-stream")
+def questions_cut_in_gzip():
+    return gzip.compress(text({"questions": [QUESTION]}).encode())[:-6]
+
+
+@case(VQA, "questions.json", "field 'question': expected it once, found it twice")
+def question_with_a_field_twice():
+    return put('{"question_id": 42, "image_id": 7, "question": "Who?", "question": "What?"}', {"questions": ["@"]})
+
+
+@case(VQA, "questions.json", "question 1, field 'question_id': expected each question once, found 42")
+def question_twice():
+    return text({"questions": [QUESTION, QUESTION]})
+
+
+@case(VQA, "questions.json", r"the file, field 'record': expected an object with 'questions', found \[\]")
+def questions_that_are_a_list():
+    return text([])
+
+
+@case(VQA, "questions.json", "question 0, field 'question_id': expected a question of .*annotations.json, found 41")
+def question_without_answers():
+    return text({"questions": [{**QUESTION, "question_id": 41}]})
+
+
+@case(VQA, "questions.json", "expected valid JSON, found .*recursion")
+def questions_with_deep_nesting():
+    return f'{{"questions": {DEEP}}}'
 
 
 # ---------------------------------------------------------------- embeddings
@@ -1129,4 +1221,4 @@ def checkpoint_with_overlapping_tensors():
     return tensors({"a": F32, "b": F32})
 
 
-ALL = [*LOGS, *POOLS, *TASKS, *EMBEDDINGS, *CONFIGS, *MODELS, *CHECKPOINTS]
+ALL = [*LOGS, *POOLS, *TASKS, *VQA, *EMBEDDINGS, *CONFIGS, *MODELS, *CHECKPOINTS]

@@ -1,14 +1,32 @@
 """Malformed files through the public entry points: a message that names file, record and rule, and nothing else."""
 
+import json
 import re
 import time
 
 import pytest
-from corpus import ALL, CHECKPOINTS, CONFIGS, EMBEDDINGS, LOGS, MODELS, POOLS, TASKS, lever_lm, more_memory_than, text
+from corpus import (
+    ALL,
+    CHECKPOINTS,
+    CONFIGS,
+    EMBEDDINGS,
+    LOGS,
+    MODELS,
+    POOLS,
+    QUESTION,
+    TASKS,
+    VQA,
+    lever_lm,
+    lines,
+    more_memory_than,
+    row,
+    scored,
+    text,
+)
 
 from lever_grpo.cli import main
 from lever_grpo.convert import read_checkpoint
-from lever_grpo.data import BeamDataError, EmbeddingStore, load_beams, load_examples
+from lever_grpo.data import BeamDataError, EmbeddingStore, load_beams, load_examples, load_vqa
 from lever_grpo.models import load_selector
 
 
@@ -79,6 +97,29 @@ def test_pools(case, tmp_path, refused, command):
 def test_tasks(case, tmp_path, refused):
     path = case.write(tmp_path)
     refused(case, lambda: load_examples(path), BeamDataError)
+
+
+@each(VQA)
+def test_vqa(case, tmp_path, refused):
+    path, annotations = case.write(tmp_path), tmp_path / "annotations.json"
+    annotations.write_text(text({"annotations": [{**QUESTION, "answers": [{"answer": "a dog"}]}]}))
+    refused(case, lambda: load_vqa(path, annotations), BeamDataError)
+
+
+def test_line_ends_of_windows_change_nothing(tmp_path):
+    logs = {
+        "lines": lines(scored(), scored(query_id=8)),
+        "object": json.dumps({"7": lever_lm(), "8": lever_lm(8)}, indent=1),
+        "array": json.dumps([scored(), scored(query_id=8)], indent=1),
+    }
+    for name, content in logs.items():
+        groups = []
+        for end in ("\n", "\r\n"):
+            (tmp_path / name).write_bytes(content.replace("\n", end).encode())
+            groups.append(load_beams(tmp_path / name, cache_dir=tmp_path / "cache").to_list())
+        assert len(groups[0]) == 2 and repr(groups[0]) == repr(groups[1])
+    (tmp_path / "task.jsonl").write_bytes(lines(row(), row(id=1)).replace("\n", "\r\n").encode())
+    assert [example.id for example in load_examples(tmp_path / "task.jsonl")] == [0, 1]
 
 
 @each(EMBEDDINGS)

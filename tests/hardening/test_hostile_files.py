@@ -330,6 +330,18 @@ def test_a_run_refuses_links_in_its_folder(tmp_path, outside, command, name, cap
     assert (output / name).is_symlink()
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "embeddings.safetensors"])
+def test_a_conversion_refuses_links_in_its_folder(tmp_path, outside, name, capsys):
+    output, checkpoint = tmp_path / "output", tmp_path / "a.ckpt"
+    output.mkdir()
+    torch.save({"state_dict": {"query_proj.0.weight": torch.ones(2, 2)}}, checkpoint)
+    for target in (outside / "precious", tmp_path / "nothing"):
+        (output / name).symlink_to(target)
+        assert main(["convert", str(checkpoint), "--output_dir", str(output)]) == 2
+        assert f"{name}: expected files and folders of a run, found links; remove them" in capsys.readouterr().err
+        (output / name).unlink()
+
+
 def test_dangling_links_are_links(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     with pytest.raises(ValueError, match="link: expected files and folders"):
