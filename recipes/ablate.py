@@ -26,14 +26,25 @@ import orjson
 import torch
 import yaml
 from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoProcessor,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from lever_grpo import GroupBeamGRPOConfig, load_sample
 from lever_grpo.atomic import atomic_file
+from lever_grpo.data import DataCollatorForRawBeams, sample_examples
 from lever_grpo.data.sample import SampleTask
 from lever_grpo.inference.answering import read_answers
-from lever_grpo.metrics import mean_interval, paired_interval
-from lever_grpo.models import load_selector
-from lever_grpo.pipeline import load_task, parse, train
+from lever_grpo.inference.choices import POOL_INPUTS, policy_inputs
+from lever_grpo.metrics import Interval, mean_interval, paired_interval
+from lever_grpo.models import ClipSelector, load_selector
+from lever_grpo.pipeline import RecipeArguments, load_task, parse, train
 from lever_grpo.pipeline.evaluate import evaluate, parse_evaluate
 from lever_grpo.pipeline.generate import GenerateArguments, generate
 
@@ -50,6 +61,10 @@ VERSIONS: dict[str, dict[str, Any]] = {
     "v0": {"preset": "v0"},
     "v1": {"preset": "v1"},
     "v2": {"preset": "v2"},
+    "v3": {"preset": "v3"},
+    "lever-plus-v1": {"preset": "lever-plus-v1", "similarity_prior": False},
+    "lever-plus-v2": {"preset": "lever-plus-v2", "similarity_prior": False},
+    "v2_lora, CLIP of random weights": {"preset": "v2_lora", "similarity_prior": False},
     "v2, no prior": {"preset": "v2", "similarity_prior": False},
     "v2, candidate set encoder": {"preset": "v2", "num_set_layers": 1},
     "v2, GRU": {"preset": "v2", "options": {"state_update": "gru"}},
@@ -62,6 +77,7 @@ VERSIONS: dict[str, dict[str, Any]] = {
         "num_set_layers": 1,
         "options": {"state_update": "gru", "decoder_terms": ["mmr", "coverage", "dpp"]},
     },
+    "v2, STOP": {"preset": "v2", "options": {"stop": True}},
 }
 NOTES = """\
 # Ablation: versions and decoders
@@ -71,8 +87,14 @@ task `supersense`, and judged by what SmolLM2-135M-Instruct answers to {queries}
 over {seeds} training seeds: the log-probability of the right answer, with its 95 % interval over queries. The last
 column is the difference of the GRPO selector to that of v2, query by query. All were trained on {logged} queries;
 for three and four shots a fresh log was made, with a beam of one and 24 random sequences a query. Latency is that
-of one query alone, its embeddings given, from a pool of 16 on one core. `v2_lora` is missing: there is no CLIP
-among the packages. `python recipes/ablate.py` makes this page.
+of one query alone, from a pool of 16 on one core, its embeddings given; that of `v2_lora` with the pass of its
+encoders over the texts.
+
+All start from the similarity prior, but for `v2, no prior`, the two networks of Lever-Plus (which have none) and
+`v2_lora`. `v3` is the network of `v2` after post-training: its row repeats that of `v2`. `v2, STOP` is trained on
+all lengths up to the number of shots, and may show fewer. There is no trained CLIP among the packages, so that of
+`v2_lora` has random weights and reads bytes: its row shows that the version goes the whole way and what it costs,
+not what a trained CLIP would give. `python recipes/ablate.py` makes this page.
 """
 
 
@@ -118,8 +140,34 @@ def data_options(sample: SampleTask, shots: int, queries: int, output: Path) -> 
     ]
 
 
-def run_one(version: str, shots: int, seed: int, queries: int, output: Path) -> None:
-    """Trains a version; ends with the selectors `sft` and `grpo` in its folder."""
+def make_clip(folder: Path) -> None:
+    """A small CLIP of random weights that reads bytes, with its processor and the rows of the task, in `folder`."""
+    if folder.exists():
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    reader = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    reader.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    reader.decoder = decoders.ByteLevel()
+    reader.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=reader, model_max_length=64, **special)
+    CLIPProcessor(CLIPImageProcessorPil(), tokenizer).save_pretrained(partial)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": len(alphabet), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = {**size, **ids, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=size, projection_dim=64)).save_pretrained(partial)
+    with open(partial / "rows.jsonl", "wb") as stream:
+        for row in sample_examples(TASK):
+            stream.write(orjson.dumps({"id": row.id, "question": row.question, "answers": row.answers}) + b"\n")
+    partial.rename(folder)
+
+
+def arguments_of(
+    version: str, shots: int, seed: int, queries: int, output: Path
+) -> tuple[RecipeArguments, GroupBeamGRPOConfig]:
+    """The recipe's arguments for a version."""
     folder, about = place(output, version, shots, seed), VERSIONS[version]
     options = [
         *("--config", str(HERE / "okvqa_v3.yaml"), *COMMON, "--seed", str(seed), "--output_dir", str(folder)),
@@ -127,10 +175,20 @@ def run_one(version: str, shots: int, seed: int, queries: int, output: Path) -> 
         *("--num_set_layers", str(about.get("num_set_layers", 0))),
         *data_options(load_sample(TASK), shots, queries, output),
     ]
+    if about["preset"] == "v2_lora":
+        options += ["--clip_model", str(output / "clip"), "--task_file", str(output / "clip" / "rows.jsonl")]
     recipe, args = parse(options, GroupBeamGRPOConfig)
     recipe.model_init_kwargs = about.get("options")
+    if recipe.model_options.get("stop"):  # sequences of all lengths compete; the longest end unasked
+        recipe.min_shots, recipe.model_init_kwargs = 1, {**recipe.model_options, "max_shots": shots}
     args.resume_from_checkpoint = "true"
-    train(recipe, args, load_task(recipe, seed), folder)
+    return recipe, args
+
+
+def run_one(version: str, shots: int, seed: int, queries: int, output: Path) -> None:
+    """Trains a version; ends with the selectors `sft` and `grpo` in its folder."""
+    recipe, args = arguments_of(version, shots, seed, queries, output)
+    train(recipe, args, load_task(recipe, seed), Path(str(args.output_dir)))
 
 
 def place(output: Path, version: str, shots: int, seed: int) -> Path:
@@ -168,15 +226,25 @@ def judge(versions: list[str], shots: int, seeds: int, heldout: int, output: Pat
 
 @torch.inference_mode()
 def size_and_latency(folder: Path) -> tuple[int, float]:
-    """Parameters, and median milliseconds of a greedy selection for one query."""
+    """Parameters, and median milliseconds of a greedy selection for one query on one core."""
     selector, shots = load_selector(folder).eval(), int(folder.parent.name.partition("-")[0].removeprefix("shots"))
-    widths = [sum(side.values()) for side in (selector.config.query_features, selector.config.candidate_features)]
-    query, pool = torch.randn(1, widths[0]), torch.randn(1, 16, widths[1])
-    times = []
-    for _ in range(60):
-        start = time.perf_counter()
-        selector.select(query_embeds=query, candidate_embeds=pool, num_shots=shots)
-        times.append(time.perf_counter() - start)
+    if isinstance(selector, ClipSelector):
+        collator = DataCollatorForRawBeams(
+            sample_examples(TASK), AutoProcessor.from_pretrained(folder), selector.config.modalities
+        )
+        inputs = policy_inputs(collator([load_sample(TASK).load("heldout")[0]]), POOL_INPUTS, selector)
+    else:
+        widths = [sum(side.values()) for side in (selector.config.query_features, selector.config.candidate_features)]
+        inputs = {"query_embeds": torch.randn(1, widths[0]), "candidate_embeds": torch.randn(1, 16, widths[1])}
+    times, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(60):
+            start = time.perf_counter()
+            selector.select(**inputs, num_shots=shots)
+            times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
     return sum(p.numel() for p in selector.parameters()), 1e3 * float(np.median(times[10:]))
 
 
@@ -193,12 +261,14 @@ def table(versions: list[str], shots: int, seeds: int, heldout: int, output: Pat
     for name in ("random", "similarity", "mmr"):
         if name in worth:
             lines.append(f"| {name} | | | {interval(mean_interval(worth[name].mean(0)))} | | |")
+    differences = {}
     for version in versions:
         parameters, latency = size_and_latency(place(output, version, shots, 0) / "grpo")
         sft, grpo = (worth[key(stage, version)] for stage in ("sft", "grpo"))
         beside = ""
         if version != REFERENCE and REFERENCE in versions:
-            beside = interval(paired_interval(grpo, worth[key("grpo", REFERENCE)]), signed=True)
+            differences[version] = paired_interval(grpo, worth[key("grpo", REFERENCE)])
+            beside = interval(differences[version], signed=True)
         cells = [
             version,
             f"{parameters:,}",
@@ -207,7 +277,25 @@ def table(versions: list[str], shots: int, seeds: int, heldout: int, output: Pat
             interval(mean_interval(grpo)),
         ]
         lines.append(f"| {' | '.join([*cells, beside])} |")
+    if differences:
+        lines += ["", verdict(differences)]
     return "\n".join(lines) + "\n"
+
+
+def verdict(differences: dict[str, Interval]) -> str:
+    """What the intervals of the differences to the reference say."""
+    sides = {
+        "above": [version for version, of in differences.items() if of.ci_low > 0],
+        "below": [version for version, of in differences.items() if of.ci_high < 0],
+    }
+    said = [
+        f"{side.capitalize()} {REFERENCE} with certainty: {'; '.join(found)}."
+        if found
+        else f"No version is {side} {REFERENCE} with certainty."
+        for side, found in sides.items()
+    ]
+    count = f"({len(differences)} intervals, not corrected for their number.)"
+    return " ".join([*said, count, "[What we learned](lessons.md) says why."])
 
 
 def interval(of: Any, signed: bool = False) -> str:
@@ -234,6 +322,7 @@ def main() -> None:
         version, shots, seed = arguments.one
         run_one(version, int(shots), int(seed), arguments.queries, output)
         return
+    make_clip(output / "clip")
     for shots in arguments.shots:  # all cores for the frozen model, before the trainings share them
         for split in ("train", "validation"):
             sequences_log(split, shots, arguments.queries, output)

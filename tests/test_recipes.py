@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoProcessor
 
 from lever_grpo import (
     DataCollatorForBeams,
@@ -16,7 +17,10 @@ from lever_grpo import (
     SelectorSFTConfig,
     load_sample,
 )
-from lever_grpo.pipeline import RecipeArguments, parse
+from lever_grpo.data import DataCollatorForRawBeams, load_examples
+from lever_grpo.metrics import Interval
+from lever_grpo.models import PRESETS
+from lever_grpo.pipeline import parse
 from lever_grpo.pipeline.stages import build_selector
 
 
@@ -115,16 +119,34 @@ def test_two_steps_of_each_stage(name, planted_files, tmp_path, processes):
     assert not list(folder.iterdir())
 
 
-def test_the_ablations_versions_can_be_built():
+def test_the_ablations_versions_can_be_built(tmp_path):
     ablate = runpy.run_path(str(RECIPES / "ablate.py"))
     sample = load_sample("country_facts")
     store = EmbeddingStore.open(sample.folder / "embeddings.safetensors")
     collator = DataCollatorForBeams(store, sample.query_features, sample.candidate_features)
-    for about in ablate["VERSIONS"].values():
-        recipe = RecipeArguments(model_preset=about["preset"], model_init_kwargs=about.get("options"), hidden_dim=8)
-        recipe.num_set_layers = about.get("num_set_layers", 0)
-        config = build_selector(recipe, collator).config
+    ablate["make_clip"](tmp_path / "clip")
+    for version, about in ablate["VERSIONS"].items():
+        recipe, _ = ablate["arguments_of"](version, 2, 0, 8, tmp_path)
+        seen = collator
+        if about["preset"] == "v2_lora":
+            rows, processor = load_examples(recipe.task_file)[:4], AutoProcessor.from_pretrained(recipe.clip_model)
+            seen = DataCollatorForRawBeams(rows, processor, ["text"])
+            batch = seen([{"query_id": 0, "candidate_ids": [1, 2, 3], "sequences": [[0]], "scores": [0.0]}])
+            texts = processor.tokenizer.batch_decode(batch["items"]["input_ids"], skip_special_tokens=True)
+            assert texts == [rows[0].question, *(f"{row.question} {row.answers[0]}" for row in rows[1:])]
+        config = build_selector(recipe, seen).config
         assert all(getattr(config, name) == value for name, value in about.get("options", {}).items())
+        assert config.stop == (recipe.min_shots == 1) and (config.max_shots == 2 or not config.stop)
+    assert {about["preset"] for about in ablate["VERSIONS"].values()} == set(PRESETS)
     keys = [ablate["key"]("grpo", version) for version in ablate["VERSIONS"]]
     assert len(set(keys)) == len(keys) and all(key.isidentifier() for key in keys)
     assert ablate["REFERENCE"] in ablate["VERSIONS"]
+
+
+def test_the_ablations_verdict_is_that_of_the_intervals():
+    verdict = runpy.run_path(str(RECIPES / "ablate.py"))["verdict"]
+    undecided, above, below = Interval(0.1, 0.0, 0.2), Interval(0.1, 0.01, 0.2), Interval(-0.2, -0.3, -0.1)
+    assert verdict({"a": undecided}).startswith("No version is above v2 with certainty. No version is below v2")
+    said = verdict({"a": undecided, "b": above, "c, d": above, "e": below})
+    assert said.startswith("Above v2 with certainty: b; c, d. Below v2 with certainty: e. (4 intervals")
+    assert "(lessons.md)" in said

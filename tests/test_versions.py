@@ -4,14 +4,17 @@ import json
 import math
 
 import pytest
+import torch
 from planted import ROWS, make_args
 from small_clip import make_clip, make_processor
 from test_pipeline import make_recipe
+from transformers import AutoModel
 
 from lever_grpo.cli import main
 from lever_grpo.inference import choose
+from lever_grpo.inference.choices import FORWARD_INPUTS, policy_inputs
 from lever_grpo.models import PRESETS, load_selector
-from lever_grpo.pipeline import load_task, run
+from lever_grpo.pipeline import load_task, run, stages
 from lever_grpo.report import load_results
 
 
@@ -47,22 +50,66 @@ def test_every_preset_is_tried():
     assert {options["model_preset"] for options in VERSIONS.values()} == set(PRESETS)
 
 
+@torch.no_grad()
+def log_probs_of(selector, data):
+    """Of all held-out sequences, without dropout."""
+    training = selector.training
+    inputs = policy_inputs(data.policy_collator(list(data.heldout)), FORWARD_INPUTS, selector)
+    log_probs = selector.eval()(**inputs).log_probs
+    selector.train(training)
+    return log_probs
+
+
+@pytest.fixture
+def when_saved(monkeypatch):
+    """Data and log-probabilities of the selectors of a run, by stage, taken when they were saved."""
+    found, save_selector = {}, stages.save_selector
+
+    def look_and_save(selector, folder, data):
+        found[folder.name] = data, log_probs_of(selector, data)
+        save_selector(selector, folder, data)
+
+    monkeypatch.setattr(stages, "save_selector", look_and_save)
+    return found
+
+
+def check_reloaded(output, kind, when_saved):
+    assert {"sft", "rce", "grpo"} == when_saved.keys()
+    for name, (data, expected) in when_saved.items():
+        selector = AutoModel.from_pretrained(output / name)
+        assert type(selector) is kind
+        assert torch.equal(log_probs_of(selector, data), expected) and len(expected.unique()) > 10
+
+
 @pytest.mark.parametrize("version", list(VERSIONS))
-def test_a_version_goes_the_whole_way(version, planted_files, clip, tmp_path):
+def test_a_version_goes_the_whole_way(version, planted_files, clip, when_saved, tmp_path):
     options = VERSIONS[version] | (clip if version == "v2_lora" else {})
     recipe, output = make_recipe(planted_files, **options), tmp_path / "out"
     report = run(recipe, make_args(output, learning_rate=0.02))
     assert {"random", "similarity", "sft", "rce", "grpo", "oracle"} <= report["methods"].keys()
     data, results = load_task(recipe), load_results(output / "results.json")
+    check_reloaded(output, PRESETS[options["model_preset"]], when_saved)
     for name in ("sft", "rce", "grpo"):
         selector = load_selector(output / name)
-        assert type(selector) is PRESETS[options["model_preset"]]
         picks = choose(selector, data.heldout, data.policy_collator)
         assert results[name].picks.tolist() == [picks.tolist()]
     log = json.loads((output / "checkpoints" / "grpo" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["policy_loss"] for entry in log if "policy_loss" in entry]
     assert len(losses) > 3 and all(math.isfinite(loss) for loss in losses)
     assert max(entry.get("kl", 0.0) for entry in log) > 0  # the policy moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", list(VERSIONS))
+def test_the_train_command_trains_a_version_on_the_sample(version, clip, when_saved, tmp_path):
+    options = {"task": "country_facts", "max_samples": 16, "sft_epochs": 1, "rce_epochs": 1, "grpo_epochs": 2}
+    options |= {"hidden_dim": 16, "use_cpu": True, "report_to": "none", "output_dir": tmp_path, **VERSIONS[version]}
+    if version == "v2_lora":
+        options["clip_model"] = clip["clip_model"]  # the rows are the sample's
+    words = {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in options.items()}
+    assert main(["train", *(word for name, value in words.items() for word in (f"--{name}", value))]) == 0
+    assert {"sft", "rce", "grpo"} <= json.loads((tmp_path / "report.json").read_text())["methods"].keys()
+    check_reloaded(tmp_path, PRESETS[options["model_preset"]], when_saved)
 
 
 def test_the_processor_goes_with_an_end_to_end_selector(planted_files, clip, tmp_path):

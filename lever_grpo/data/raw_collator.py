@@ -84,24 +84,40 @@ class DataCollatorForRawBeams:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         groups, candidate_ids = collate_groups(rows)
         queries, candidates = (self._rows(ids.tolist()) for ids in (groups["query_ids"], candidate_ids))
+        numbers, items = self.itemise(queries, candidates)
+        return {
+            "query_embeds": numbers[: len(queries)],
+            "candidate_embeds": numbers[len(queries) :],
+            **groups,
+            "items": items,
+        }
+
+    def itemise(
+        self, queries: Sequence[Example], candidates: Sequence[Example]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Item numbers of rows, and the items, as [`ClipSelector.embed`] takes them.
+
+        Args:
+            queries (`list[Example]`), candidates (`list[Example]`):
+                Rows; they need not be among `examples`.
+
+        Returns:
+            `tuple`: the numbers (N, M) of the queries and, behind them, of the candidates; and `items`.
+        """
+        rows = [*queries, *candidates]
         columns, items = [], {}
         if "image" in self.modalities:
-            numbers, images = _numbered([row.image for row in queries + candidates])
+            numbers, images = _numbered([row.image for row in rows])
             columns.append(numbers)
-            items["pixel_values"] = self._pixels(images, queries + candidates)
+            items["pixel_values"] = self._pixels(images, rows)
         if "text" in self.modalities:
             texts = [_text(self.query_template, row) for row in queries]
             texts += [_text(self.candidate_template, row) for row in candidates]
             numbers, texts = _numbered(texts)
             columns.append(numbers)
             items |= self._tokens(texts)
-        table = torch.tensor(columns, dtype=torch.int64).T.contiguous()  # (B + U, M)
-        return {
-            "query_embeds": table[: len(queries)],
-            "candidate_embeds": table[len(queries) :],
-            **groups,
-            "items": items,
-        }
+        return torch.tensor(columns, dtype=torch.int64).T.contiguous(), items
 
     def _rows(self, ids: Iterable[int]) -> list[Example]:
         ids = list(ids)

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..data import EmbeddingStore, load_sample, to_prompt_order
+from ..data import DataCollatorForBeams, DataCollatorForRawBeams, EmbeddingStore, load_sample, to_prompt_order
 from ..data.examples import Example
 from ..inference import DemonstrationSelector, choose
-from ..models import SelectorModel
+from ..inference.choices import FORWARD_INPUTS, policy_inputs
+from ..models import ClipSelector, SelectorModel
 from ..pipeline.evaluate import Queries, baseline_picks, load_queries
 from ..pipeline.evaluate_arguments import BASELINES, EvaluateArguments
 from ..pipeline.runs import similarity_baseline
@@ -25,7 +26,6 @@ from ..search import answer_accuracy
 from ..search.features import load_encoders
 
 
-_INPUTS = ("query_embeds", "candidate_embeds", "candidate_indices", "candidate_mask", "sequences", "sequence_mask")
 SAME = 0.99  # cosine of an embedding that is made again to the stored one, which is rounded
 
 
@@ -107,8 +107,6 @@ class Session:
     >>> shown = session.held_out(session.query_ids[0], num_shots=2)
     >>> [choice.method for choice in shown.choices], len(shown.pool)
     (['random', 'similarity'], 16)
-    >>> session.no_typed_queries
-    'neither a selector nor the task says how question, hidden are made of rows (encoders.json).'
 
     ```
     """
@@ -118,6 +116,7 @@ class Session:
         self.queries = load_queries(arguments)
         loaded = {name: DemonstrationSelector.from_pretrained(paths[0]) for name, paths in arguments.seeds_of.items()}
         self.selectors: dict[str, SelectorModel] = {name: picker.selector for name, picker in loaded.items()}
+        self._processors = {name: picker.processor for name, picker in loaded.items()}
         self._place = {query: i for i, query in enumerate(self.queries.dataset["query_id"])}
         self._choices(self._query(self.query_ids[0]), max(arguments.num_shots))  # what does not fit is named at once
         self._retriever: DemonstrationSelector | None = None
@@ -220,7 +219,7 @@ class Session:
             if draws:  # none where the data do not allow it, e.g. the best of the log for a typed query
                 found[name] = draws[0]
         for name, selector in self.selectors.items():
-            found[name] = choose(selector, one.dataset, one.collator, num_shots, min_shots=1)
+            found[name] = choose(selector, one.dataset, self._collator(name, one), num_shots, min_shots=1)
         return {name: [i for i in found[name][0].tolist() if i >= 0] for name in method_order(list(found))}
 
     @torch.no_grad()
@@ -232,14 +231,24 @@ class Session:
         # a choice of one candidate is put in front, so that there is a first step whatever was chosen
         sequences = [[0], *choices]
         row = {name: group[name] for name in ("query_id", "candidate_ids")} | {"sequences": sequences}
-        batch = one.collator([row | {"scores": [0.0] * len(sequences)}])
         steps, first = {}, {}
         for name, selector in self.selectors.items():
-            out: Any = selector(**{key: batch[key].to(selector.device) for key in _INPUTS}, return_step_log_probs=True)
+            batch = self._collator(name, one)([row | {"scores": [0.0] * len(sequences)}])
+            out: Any = selector(**policy_inputs(batch, FORWARD_INPUTS, selector), return_step_log_probs=True)
             taken = zip(out.log_probs[0], out.step_mask[0], strict=True)
             steps[name] = [tuple(values[mask].tolist()) for values, mask in taken][1:]
             first[name] = tuple(out.step_log_probs[0, 0, 0, : len(group["candidate_ids"])].tolist())
         return steps, first
+
+    def _collator(self, name: str, one: Queries) -> DataCollatorForBeams | DataCollatorForRawBeams:
+        """How a selector sees one query and its pool: by embeddings or, one with encoders of its own, by the rows."""
+        selector = self.selectors[name]
+        if not isinstance(selector, ClipSelector):
+            return one.collator
+        (group,) = one.dataset
+        # the ids are those of the group; a typed query and its pool are numbered anew
+        rows = [replace(one.rows[i], id=i) for i in (group["query_id"], *group["candidate_ids"])]
+        return DataCollatorForRawBeams(rows, self._processors[name], selector.config.modalities)
 
     def _make_retriever(self, found: Sequence[tuple[Mapping, Mapping]]) -> DemonstrationSelector:
         """Encoders of queries with the candidates of all pools; an error says why there are none."""

@@ -277,18 +277,35 @@ def _describe(folder: Path, config: SelectorConfig, report: Mapping[str, Any] | 
 def _usage(folder: Path, config: SelectorConfig, repo_id: str) -> str:
     """Python that runs as it stands."""
     shots = min(2, config.max_shots)
-    if isinstance(config, ClipSelectorConfig):
+    sees_rows = isinstance(config, ClipSelectorConfig)
+    if sees_rows and "image" in config.modalities:
         return f"""\
 ```python
-from transformers import AutoProcessor
-from lever_grpo.models import load_selector
+import io
 
-selector = load_selector("{repo_id}")  # sees images and texts themselves
-processor = AutoProcessor.from_pretrained("{repo_id}")
+from PIL import Image
+from lever_grpo import DemonstrationSelector
+from lever_grpo.data import Example
+
+
+def picture(colour):
+    # put the bytes or the paths of your images here
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+selector = DemonstrationSelector.from_pretrained("{repo_id}")  # sees the rows themselves
+colours = ["red", "green", "blue"]
+rows = [Example(i, "Which colour?", (colour,), picture(colour)) for i, colour in enumerate(colours)]
+selector.set_candidates(rows)
+query = Example(3, "Which colour?", ("?",), picture("navy"))
+(picked,) = selector.select([query], num_shots={shots})
+print([row.answers[0] for row in picked.demonstrations])  # in the order of the prompt
 ```"""
     encoders = _read_json(folder / ENCODERS_FILE) or {}
     sides = {**config.query_features, **config.candidate_features}
-    if all(name in encoders and encoders[name]["kind"] != "image" for name in sides):
+    if sees_rows or all(name in encoders and encoders[name]["kind"] != "image" for name in sides):
         return f"""\
 ```python
 from lever_grpo import DemonstrationSelector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,21 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from ..data import DataCollatorForBeams, DataCollatorForRawBeams, fully_scored
-from ..metrics import expected_reward, oracle_reward, random_reward, score_percentile
+from ..metrics import (
+    calibration_error,
+    expected_reward,
+    oracle_reward,
+    random_reward,
+    rank_correlation,
+    score_percentile,
+)
 from ..models import SelectorModel
 from ..report import MethodResult
 
 
 CORRECT_COLUMNS = ("correct", "vqa_correct")
-_POOL_INPUTS = ("query_embeds", "candidate_embeds", "candidate_indices", "candidate_mask")
-_FORWARD_INPUTS = (*_POOL_INPUTS, "sequences", "sequence_mask")
+POOL_INPUTS = ("query_embeds", "candidate_embeds", "candidate_indices", "candidate_mask")
+FORWARD_INPUTS = (*POOL_INPUTS, "sequences", "sequence_mask")
 
 
 @torch.no_grad()
@@ -69,7 +77,7 @@ def choose(
     picks = []
     for start in range(0, len(dataset), batch_size):
         batch = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
-        inputs = _inputs(batch, _POOL_INPUTS, selector)
+        inputs = policy_inputs(batch, POOL_INPUTS, selector)
         chosen: Any = selector.select(**inputs, num_shots=num_shots, min_shots=min_shots or num_shots)
         picks.append(chosen.sequences[:, 0].cpu().numpy())  # (B, S)
     return np.concatenate(picks)
@@ -97,8 +105,8 @@ def evaluate_selectors(
 
     Returns:
         `list[MethodResult]`: `zero_shot` (where the log knows it), `random` (the exact expectation over all
-        sequences), the selectors in their order, and `oracle`.
-
+        sequences), the selectors in their order with how their log-probabilities agree with the scores of all logged
+        sequences, and `oracle`.
     """
     rows = list(dataset)
     sequences = [row["sequences"] for row in rows]
@@ -121,38 +129,49 @@ def evaluate_selectors(
         )
     )
     for name, selector in selectors.items():
-        if not exact:
-            results.append(MethodResult(name, _expected_rewards(selector, dataset, collator)))
-            continue
-        picks = choose(selector, dataset, collator, num_shots)
-        results.append(MethodResult.from_picks(name, picks, sequences, scores, correct))
+        logged = _logged_sequences(selector, dataset, collator)
+        if exact:
+            picks = choose(selector, dataset, collator, num_shots)
+            result = MethodResult.from_picks(name, picks, sequences, scores, correct)
+        else:
+            result = MethodResult(name, expected_reward(*logged))
+        results.append(replace(result, **_agreement(*logged)))
     best = oracle_reward(scores)
     results.append(_oracle(best, scores, correct))
     return results
 
 
 @torch.no_grad()
-def _expected_rewards(
+def _logged_sequences(
     selector: SelectorModel,
     dataset: Dataset,
     collator: DataCollatorForBeams | DataCollatorForRawBeams,
-    batch_size: int = 64,
-) -> NDArray[np.float64]:
-    """Expected reward of the policy restricted to each logged group, (Q,)."""
+    batch_size: int = 16,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Log-probability and score of every logged sequence, and which are there, (Q, G) each."""
     selector.eval()
-    values = []
+    size = max(map(len, dataset["sequences"]))
+    batches = []
     for start in range(0, len(dataset), batch_size):
         batch = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
         rewards = batch.pop("rewards")["score"]
         mask = batch["sequence_mask"].any(-1)
-        inputs = _inputs(batch, _FORWARD_INPUTS, selector)
+        inputs = policy_inputs(batch, FORWARD_INPUTS, selector)
         log_probs = selector(**inputs).log_probs.sum(-1).cpu()
-        values.append(expected_reward(log_probs.numpy(), rewards.numpy(), mask.numpy()))
-    return np.concatenate(values)
+        missing = ((0, 0), (0, size - mask.shape[1]))
+        batches.append([np.pad(values.numpy(), missing) for values in (log_probs, rewards, mask)])
+    log_probs, rewards, mask = map(np.concatenate, zip(*batches, strict=True))
+    return log_probs, rewards, mask
 
 
-def _inputs(batch: Mapping[str, Any], names: tuple[str, ...], selector: SelectorModel) -> dict[str, Any]:
-    """What a selector reads of a batch, with the items of one that embeds them itself."""
+def _agreement(*logged: NDArray[Any]) -> dict[str, Any]:
+    """What [`_logged_sequences`] says of a policy, for its [`MethodResult`]."""
+    found = {"rank_correlation": rank_correlation(*logged), "calibration_error": calibration_error(*logged)}
+    return {name: value for name, value in found.items() if math.isfinite(value)}  # no ranks where all scores tie
+
+
+def policy_inputs(batch: Mapping[str, Any], names: tuple[str, ...], selector: SelectorModel) -> dict[str, Any]:
+    """What a selector reads of a batch, on its device; of one that embeds rows itself, with the items."""
     found = {**{name: batch[name] for name in names}, **batch.get("items", {})}
     return {name: value.to(selector.device) for name, value in found.items()}
 

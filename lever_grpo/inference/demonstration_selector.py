@@ -12,12 +12,16 @@ import orjson
 import torch
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
+from transformers import AutoProcessor
 
 from ..atomic import atomic_file
-from ..data import EmbeddingStore, Example, to_prompt_order
-from ..models import SelectorModel, load_selector
+from ..data import DataCollatorForRawBeams, EmbeddingStore, Example, to_prompt_order
+from ..models import ClipSelector, SelectorModel, load_selector
 from ..search.features import ENCODERS_FILE, MAPS_FILE, FeatureEncoder, FeatureMap, load_encoders
 from ..search.samplers import PoolSampler
+
+
+ROWS_AT_A_TIME = 64  # of rows that a selector embeds itself
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class DemonstrationSelector:
     Picks demonstrations for raw queries.
 
     Queries and candidates are embedded by the encoders that the selector was trained with, a pool is retrieved for
-    each query, and the selector picks from it. Embeddings that are there already can be given instead.
+    each query, and the selector picks from it. Embeddings that are there already can be given instead, but not to a
+    [`ClipSelector`], which makes its own of the texts and images of the rows.
 
     Args:
         selector ([`SelectorModel`]):
@@ -56,6 +61,8 @@ class DemonstrationSelector:
             How its features are made of rows; see [`load_encoders`].
         construct_order (`str`, *optional*, defaults to `"left"`):
             Where the search put a new demonstration; decides on the order in the prompt.
+        processor (`ProcessorMixin`, *optional*):
+            Of a [`ClipSelector`]: that of its CLIP, which comes with the checkpoint.
 
     Example:
 
@@ -82,8 +89,12 @@ class DemonstrationSelector:
         encoders: Mapping[str, FeatureEncoder] | None = None,
         maps: Mapping[str, FeatureMap] | None = None,
         construct_order: str = "left",
+        processor: Any = None,
     ):
+        if isinstance(selector, ClipSelector) and processor is None:
+            raise ValueError("a ClipSelector reads texts and images: give the processor of its CLIP.")
         self.selector = selector.eval()
+        self.processor = processor
         self.encoders, self.maps = dict(encoders or {}), dict(maps or {})
         self.construct_order = construct_order
         self.candidates: list[Example] = []
@@ -117,7 +128,10 @@ class DemonstrationSelector:
         if not folder.is_dir():
             names = [ENCODERS_FILE, MAPS_FILE]
             folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=names))
-        return cls(selector.to(device) if device else selector, *load_encoders(folder), construct_order)
+        processor = None
+        if isinstance(selector, ClipSelector):
+            processor = AutoProcessor.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        return cls(selector.to(device) if device else selector, *load_encoders(folder), construct_order, processor)
 
     @torch.inference_mode()
     def set_candidates(self, candidates: Sequence[Example], embeddings: EmbeddingStore | None = None) -> None:
@@ -132,11 +146,12 @@ class DemonstrationSelector:
                 Their features, row `i` those of `candidates[i]`, instead of the encoders.
 
         Raises:
-            ValueError: if an id is there twice, or a feature has neither embeddings nor an encoder.
+            ValueError: if an id is there twice, a feature has neither embeddings nor an encoder, or a selector that
+                embeds rows itself is given embeddings.
         """
         if len({row.id for row in candidates}) < len(candidates):
             raise ValueError("candidates have an id twice; each row may stand in a prompt once, so give each its own.")
-        store = self._embedded(candidates, self.selector.config.candidate_features, embeddings)
+        store = self._embedded(candidates, self.selector.config.candidate_features, embeddings, answered=True)
         everything = np.arange(len(candidates))
         found = store.gather(everything, list(self.selector.config.candidate_features))
         self._encoding = self.selector.encode_candidates(torch.from_numpy(found).to(self.selector.device))
@@ -184,7 +199,8 @@ class DemonstrationSelector:
             `list[Selection]`, in the order of the queries.
 
         Raises:
-            ValueError: if there are no candidates, or a feature has neither embeddings nor an encoder.
+            ValueError: if there are no candidates, a feature has neither embeddings nor an encoder, or a selector that
+                embeds rows itself is given embeddings.
         """
         if self._store is None:
             raise ValueError("there are no candidates to pick from; call set_candidates first.")
@@ -198,11 +214,14 @@ class DemonstrationSelector:
         device = self.selector.device
         for start in range(0, len(queries), batch_size):
             part = slice(start, start + batch_size)
-            # the pools of a call are of one size; their candidates go to the selector once each
-            used, indices = torch.tensor(pools[part], device=device).unique(return_inverse=True)
+            if len(pools[0]) == len(self.candidates):  # the pools of a call are of one size: each has all
+                candidates, indices = self._encoding, None
+            else:  # what several pools have goes to the selector once
+                used, indices = torch.tensor(pools[part], device=device).unique(return_inverse=True)
+                candidates = self._encoding.rows(used)
             chosen: Any = self.selector.select(
                 embeds[part].to(device),
-                self._encoding.rows(used),
+                candidates,
                 candidate_indices=indices,
                 num_shots=num_shots,
                 num_beams=num_beams,
@@ -215,9 +234,20 @@ class DemonstrationSelector:
         return picked
 
     def _embedded(
-        self, rows: Sequence[Example], widths: Mapping[str, int], embeddings: EmbeddingStore | None
+        self,
+        rows: Sequence[Example],
+        widths: Mapping[str, int],
+        embeddings: EmbeddingStore | None,
+        answered: bool = False,
     ) -> EmbeddingStore:
-        """Features of rows, checked against what the selector reads."""
+        """Features of rows, checked against what the selector reads; `answered` rows show their answers."""
+        if isinstance(self.selector, ClipSelector):
+            if embeddings is not None:
+                raise ValueError(
+                    f"embeddings are given ({', '.join(embeddings.names)}), and this selector makes its own of texts "
+                    "and images; leave them out."
+                )
+            return self._embedded_by(self.selector, rows, answered)
         if embeddings is None:
             unknown = sorted(widths.keys() - self.encoders.keys())
             if unknown:
@@ -233,6 +263,18 @@ class DemonstrationSelector:
                 f"{dict(widths)}, of {len(rows)} rows."
             )
         return embeddings
+
+    def _embedded_by(self, selector: ClipSelector, rows: Sequence[Example], answered: bool) -> EmbeddingStore:
+        """Features that a selector makes of rows itself, some at a time."""
+        collator = DataCollatorForRawBeams([], self.processor, selector.config.modalities)
+        widths, parts = selector.config.query_features, []
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            part = rows[start : start + ROWS_AT_A_TIME]
+            numbers, items = collator.itemise([], part) if answered else collator.itemise(part, [])
+            items = {name: values.to(selector.device) for name, values in items.items()}
+            parts.append(selector.embed(numbers.to(selector.device), **items).float().cpu())
+        split = torch.cat(parts).split(list(widths.values()), dim=-1)
+        return EmbeddingStore({name: values.numpy() for name, values in zip(widths, split, strict=True)})
 
     def encode(self, name: str, rows: Sequence[Example]) -> NDArray[np.float32]:
         """A feature of rows, (N, width), by the encoder that the selector came with."""

@@ -25,8 +25,9 @@ class ClipSelector(PointerSelector):
     length, as the embeddings of [`encode_images`] and [`encode_texts`] are. A row without an image has the item number
     -1 there, and an embedding of zeros.
 
-    Embeddings that are there already (of [`~ClipSelector.embed`], say, to embed a large set of candidates once) can
-    be given instead, as to any selector: the encoders are then not asked.
+    Embeddings are refused in their place: they would pass the adapters by. Only where the candidates come as what
+    [`~SelectorModel.encode_candidates`] makes of [`~ClipSelector.embed`], a large set of them embedded once, the
+    queries are embeddings too.
 
     Args:
         config ([`ClipSelectorConfig`]):
@@ -172,7 +173,13 @@ class ClipSelector(PointerSelector):
 
     def _check_numbers(self, numbers: Tensor) -> None:
         modalities = self.config.modalities
-        if numbers.is_floating_point() or numbers.shape[-1] != len(modalities):
+        if numbers.is_floating_point():
+            raise ValueError(
+                f"query_embeds and candidate_embeds are item numbers, and {numbers.dtype} was given: this selector "
+                "embeds images and texts itself, and embeddings would pass its adapters by; give it what a "
+                "DataCollatorForRawBeams makes of the rows."
+            )
+        if numbers.shape[-1] != len(modalities):
             raise ValueError(
                 f"item numbers are {numbers.dtype} of shape {tuple(numbers.shape)}, expected whole numbers in "
                 f"{len(modalities)} columns, for {modalities}; give the collator the modalities of the selector."
@@ -182,7 +189,7 @@ class ClipSelector(PointerSelector):
         self, query: Tensor, candidates: Tensor | CandidateEncoding, items: dict[str, Tensor | None]
     ) -> tuple[Tensor, Tensor | CandidateEncoding]:
         """Embeddings of queries and candidates, of one pass of the encoders."""
-        if query.is_floating_point() or isinstance(candidates, CandidateEncoding):
+        if isinstance(candidates, CandidateEncoding):  # of `embed`, and so are the queries
             return query, candidates
         for numbers in (query, candidates):
             self._check_numbers(numbers)
@@ -205,13 +212,17 @@ class ClipSelector(PointerSelector):
 
         Args:
             query_embeds (`torch.Tensor` of shape `(B, M)`):
-                Item numbers, as in [`~ClipSelector.embed`]; or embeddings.
+                Item numbers, as in [`~ClipSelector.embed`].
             candidate_embeds (`torch.Tensor` of shape `(B, K, M)` or `(U, M)`):
-                The same of each query's pool, or of U candidates that the queries share.
+                The same of each query's pool, or of U candidates that the queries share. Or what
+                [`~SelectorModel.encode_candidates`] makes of their embeddings; `query_embeds` are then embeddings.
             pixel_values, input_ids, attention_mask:
                 The items, as in [`~ClipSelector.embed`].
             *args, **kwargs:
                 As in [`~SelectorModel.forward`].
+
+        Raises:
+            ValueError: as [`~SelectorModel.forward`] and [`~ClipSelector.embed`].
         """
         items = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
         return super().forward(*self._embeds(query_embeds, candidate_embeds, items), *args, **kwargs)

@@ -129,10 +129,12 @@ class PointerSelector(SelectorModel):
         return torch.cat([logits.unsqueeze(-1), 5.0 * prior.cosines], dim=-1).detach()
 
     def step_logits(self, encoding: PointerEncoding, state: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
-        logits = state.new_zeros(()) if self.prior is None else self.prior(encoding.prior, picks)
         if self.pointer is None:
-            return logits
-        logits = logits + self.pointer(state, encoding.candidates)
+            assert self.prior is not None  # says the config
+            return self.prior(encoding.prior, picks)
+        logits = self.pointer(state, encoding.candidates)
+        if self.prior is not None:
+            logits = self.prior(encoding.prior, picks) + logits
         if picks.shape[-1]:
             for name, term in self._terms():
                 logits = logits + term(encoding.terms[name], picks)

@@ -77,7 +77,7 @@ class Pools:
 
     query_embeds: torch.Tensor  # (B, D_q)
     candidates: CandidateEncoding
-    indices: torch.Tensor | None  # (B, K) rows of the shared candidates
+    indices: torch.Tensor | None  # (B, K) rows of the shared candidates, if not all of them
     mask: torch.Tensor  # (B, K) bool
     attendable: torch.Tensor  # (B, K) bool, at least one candidate each
     prior: PriorEncoding | None
@@ -89,8 +89,9 @@ class Pools:
 
     def gather(self, encoded: torch.Tensor) -> torch.Tensor:
         """(B, K, H) of candidates that were encoded once each, (U, H) or (B, K, H)."""
-        # `embedding` instead of an index: its backward is twice as fast
-        return encoded if self.indices is None else F.embedding(self.indices, encoded)
+        if self.indices is None:
+            return encoded.expand(len(self.query_embeds), -1, -1)  # what is shared is everybody's pool
+        return F.embedding(self.indices, encoded)  # instead of an index: its backward is twice as fast
 
 
 @dataclass
@@ -123,6 +124,10 @@ class SelectorModel(PreTrainedModel):
         super().__init__(config)
         self.prior = SimilarityPrior(config) if config.similarity_prior else None
         self.stop_head = nn.Linear(config.hidden_dim, 1) if config.stop else None
+
+    def get_input_embeddings(self) -> Any:
+        """None: a selector reads no tokens. FSDP2 asks, as it shards embeddings of tokens apart."""
+        return None
 
     # ---- what a kind of selector defines ----
 
@@ -191,20 +196,17 @@ class SelectorModel(PreTrainedModel):
         given = candidate_embeds
         embeds = given.embeds if isinstance(given, CandidateEncoding) else given
         check_pools(self.config, query_embeds, embeds, candidate_mask, candidate_indices)
-        if embeds.dim() == 2 and candidate_indices is None:
-            candidate_indices = torch.arange(embeds.shape[0], device=embeds.device)
-            candidate_indices = candidate_indices.expand(batch, -1)
-
         query_embeds = query_embeds.to(self.dtype)
         if embeds.dim() == 3 and candidate_mask is not None:
             # a masked value that overflows would still reach the weights' gradient, as 0 · inf
             embeds = embeds.masked_fill(~candidate_mask.bool().unsqueeze(-1), 0.0)
         if candidate_mask is None:
-            pool = embeds.shape[1] if candidate_indices is None else candidate_indices.shape[1]
-            candidate_mask = query_embeds.new_ones(batch, pool, dtype=torch.bool)
-        mask = candidate_mask.bool()
-        # a query without candidates (padding of a batch) attends to anything: its steps are masked by the caller
-        attendable = mask | ~mask.any(-1, keepdim=True)
+            pool = embeds.shape[-2] if candidate_indices is None else candidate_indices.shape[1]
+            mask = attendable = query_embeds.new_ones(batch, pool, dtype=torch.bool)
+        else:
+            mask = candidate_mask.bool()
+            # a query without candidates (padding of a batch) attends to anything: its steps are masked by the caller
+            attendable = mask | ~mask.any(-1, keepdim=True)
         asked = None if self.prior is None else self.prior.query_vectors(query_embeds)
         candidates = given if isinstance(given, CandidateEncoding) else self.encode_candidates(embeds)
         prior = None
@@ -226,7 +228,8 @@ class SelectorModel(PreTrainedModel):
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         # where nothing is left (padded steps) the distribution is that of the whole pool: finite, and masked later
         left = available.any(-1, keepdim=True)
-        log_probs = torch.log_softmax((logits / temperature).masked_fill(~available & left, -math.inf), dim=-1)
+        logits = logits if temperature == 1.0 else logits / temperature
+        log_probs = torch.log_softmax(logits.masked_fill(~available & left, -math.inf), dim=-1)
         if self.stop_head is None:
             return log_probs
         if not (may_stop and picks.shape[-1]):  # one demonstration at least
@@ -381,7 +384,8 @@ class SelectorModel(PreTrainedModel):
             )
         encoding = self.encode(query_embeds, candidate_embeds, candidate_mask, candidate_indices)
         batch, _, pool = encoding.available.shape
-        smallest = int(encoding.available.sum(-1).min()) if batch else pool
+        masked = batch and candidate_mask is not None
+        smallest = int(encoding.available.sum(-1).min()) if masked else pool
         if num_shots > smallest:
             raise ValueError(
                 f"num_shots={num_shots} is more than the {smallest} candidates of the smallest pool, and no candidate "
@@ -400,14 +404,14 @@ class SelectorModel(PreTrainedModel):
         sequences = torch.empty(batch, width, 0, dtype=torch.long, device=available.device)
         scores = torch.zeros(batch, width, device=available.device)
         ended = torch.zeros(batch, width, dtype=torch.bool, device=available.device)
-        if not do_sample:
+        if not do_sample and width > 1:
             scores[:, 1:] = -math.inf  # all beams are equal before the first pick: keep one
         for step in range(num_shots):
-            picks = sequences.clamp(min=0)
+            picks = sequences if self.stop_head is None else sequences.clamp(min=0)
             distribution = self._step_log_probs(encoding, state, available, picks, temperature, step >= min_shots)
-            if step == 0 and (broken := distribution.isnan().any(-1).any(-1)).any():  # the highest would be NaN
+            if step == 0 and (broken := distribution.isnan()).any():  # the highest would be NaN
                 raise ValueError(
-                    f"query {int(broken.nonzero()[0])} of the batch has log-probabilities that are NaN: embeddings "
+                    f"query {int(broken.nonzero()[0, 0])} of the batch has log-probabilities that are NaN: embeddings "
                     "and weights must be finite; EmbeddingStore.check_finite names rows that are not."
                 )
             if self.stop_head is not None:
@@ -427,10 +431,12 @@ class SelectorModel(PreTrainedModel):
                     state, available, sequences, ended = (
                         x.take_along_dim(_like(parent, x), 1) for x in (state, available, sequences, ended)
                     )
-            ended = ended | (pick == pool)
-            sequences = torch.cat([sequences, pick.masked_fill(ended, -1).unsqueeze(-1)], dim=-1)
+            shown = pick
+            if self.stop_head is not None:
+                ended = ended | (pick == pool)
+                shown, pick = pick.masked_fill(ended, -1), pick.masked_fill(ended, 0)
+            sequences = torch.cat([sequences, shown.unsqueeze(-1)], dim=-1)
             if step + 1 < num_shots:
-                pick = pick.masked_fill(ended, 0)
                 state, available = self.advance(encoding, state, pick), _without(available, pick)
         if do_sample:  # what a search found is sorted
             scores, order = scores.sort(dim=-1, descending=True, stable=True)

@@ -124,8 +124,11 @@ class SimilarityPrior(nn.Module):
         candidate_indices: torch.Tensor | None,  # (B, K)
     ) -> PriorEncoding:
         with torch.autocast(candidate_mask.device.type, enabled=False):  # as above
-            if candidate_indices is not None:
-                candidates = {name: x[candidate_indices] for name, x in candidates.items()}  # (B, K, D)
+            batch = len(candidate_mask)
+            candidates = {
+                name: x.expand(batch, -1, -1) if candidate_indices is None else x[candidate_indices]
+                for name, x in candidates.items()
+            }  # (B, K, D)
             cosines = torch.stack(
                 [(candidates[c] @ query[q].unsqueeze(-1)).squeeze(-1) for q, c in self.pairs], dim=-1
             )  # (B, K, P)

@@ -20,15 +20,24 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from numpy.typing import NDArray
+from transformers import AutoProcessor
 
 from ..atomic import atomic_file, one_run, refuse_links
-from ..data import DataCollatorForBeams, EmbeddingStore, list_samples, load_beams, load_sample, to_prompt_order
+from ..data import (
+    DataCollatorForBeams,
+    DataCollatorForRawBeams,
+    EmbeddingStore,
+    list_samples,
+    load_beams,
+    load_sample,
+    to_prompt_order,
+)
 from ..data.examples import Example
 from ..data.pools import PoolSource
 from ..inference import best_logged, choose, mixed_picks, mmr_picks, random_picks
 from ..inference.answering import Answered, Question, answer_questions, read_answers
 from ..metrics import token_f1
-from ..models import load_selector
+from ..models import ClipSelector, load_selector
 from ..report import MethodResult, build_report, print_report, stack_seeds, write_html, write_report
 from ..scorers import Scorer
 from ..search import answer_accuracy, make_judge
@@ -205,8 +214,7 @@ def make_picks(arguments: EvaluateArguments, queries: Queries, num_shots: int) -
                 f"baselines has {name!r}, which the data do not allow with {num_shots} shots; leave it out."
             )
     for name, paths in arguments.seeds_of.items():
-        selectors = map(load_selector, paths)
-        found[name] = [choose(selector, dataset, queries.collator, num_shots, min_shots=1) for selector in selectors]
+        found[name] = [selector_picks(path, queries, num_shots) for path in paths]
     pools = list(dataset["candidate_ids"])
     return {
         name: [
@@ -218,6 +226,17 @@ def make_picks(arguments: EvaluateArguments, queries: Queries, num_shots: int) -
         ]
         for name, seeds in found.items()
     }
+
+
+def selector_picks(path: str, queries: Queries, num_shots: int) -> NDArray[np.int64]:
+    """Pool positions in search order, (Q, S), that a selector chooses by embeddings or, one with encoders of its own,
+    by the rows."""
+    selector, collator = load_selector(path), queries.collator
+    if not isinstance(selector, ClipSelector):
+        return choose(selector, queries.dataset, collator, num_shots, min_shots=1)
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    raw = DataCollatorForRawBeams(list(queries.rows.values()), processor, selector.config.modalities)
+    return choose(selector, queries.dataset, raw, num_shots, min_shots=1)
 
 
 def baseline_picks(

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from small_clip import make_clip, make_processor
 
 from lever_grpo.data import EmbeddingStore, load_beams, load_examples
 from lever_grpo.demo import DemoArguments, Session, parse_demo
 from lever_grpo.demo.view import render
 from lever_grpo.inference import DemonstrationSelector, random_picks
-from lever_grpo.models import load_selector
+from lever_grpo.models import ClipSelector, load_selector
 from lever_grpo.scorers import Prompt
 
 
@@ -131,6 +132,21 @@ def test_encoders_of_the_checkpoint_will_do(task, tmp_path):
     save_file(other, str(tmp_path / "rows.safetensors"))
     mixed_up = Session(DemoArguments(**elsewhere | {"sft": encoded}))
     assert "makes other embeddings than the task's" in mixed_up.no_typed_queries
+
+
+def test_a_selector_that_sees_the_rows(task, tmp_path):
+    torch.manual_seed(0)
+    ClipSelector.from_clip(make_clip(), modalities=["text"], hidden_dim=16).save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    session = Session(DemoArguments(**task | {"grpo": str(tmp_path)}))
+    picker = DemonstrationSelector.from_pretrained(tmp_path)
+    for shown in (session.held_out(2, 2), session.typed("which colour?", 2)):
+        picker.set_candidates(shown.pool)
+        (expected,) = picker.select([shown.query], 2, pool_size=len(shown.pool))
+        found = choices(shown)["grpo"]
+        assert found.demonstrations == expected.demonstrations
+        assert sum(found.log_probs["grpo"]) == pytest.approx(expected.log_prob, abs=1e-4)
+        assert np.exp(shown.first["grpo"]).sum() == pytest.approx(1.0, abs=1e-5)
 
 
 def test_other_baselines(task, scorer):

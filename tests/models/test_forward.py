@@ -7,7 +7,7 @@ from small_selectors import CANDIDATE_WIDTH, POINTER_VARIANTS, QUERY_WIDTH, grad
 from torch import nn
 from torch.nn import functional as F
 
-from lever_grpo import PointerSelector
+from lever_grpo import PointerSelector, PointerSelectorConfig
 from lever_grpo.models.layers import Attention
 
 
@@ -151,6 +151,84 @@ def test_forward_is_the_formula(variant):
         steps = reference_log_probs(selector, batch["query_embeds"][query], batch["candidate_embeds"][query], sequence)
         close(output.step_log_probs[query, beam], torch.stack(steps))
         close(output.log_probs[query, beam], torch.stack([s[a] for s, a in zip(steps, sequence, strict=True)]))
+
+
+# ---- against numbers that were worked out by hand ----
+
+
+def by_hand(preset, **weights):
+    """A selector of width 2 whose weights are zero, those of the norms one, but for those that are given."""
+    selector = PointerSelector(
+        PointerSelectorConfig.from_preset(preset, embed_dim=2, hidden_dim=2, num_attention_heads=1)
+    )
+    parameters = dict(selector.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        for name, value in weights.items():
+            parameters[name.replace("__", ".")].copy_(torch.tensor(value))
+    return selector.eval()
+
+
+EYE = [[1.0, 0.0], [0.0, 1.0]]
+PICK_A_THEN_B = {
+    "query_embeds": torch.tensor([[3.0, 1.0]]),
+    "candidate_embeds": torch.tensor([[[2.0, 0.0], [0.0, 2.0], [5.0, 1.0]]]),
+    "sequences": torch.tensor([[[0, 1]]]),
+}
+
+
+@torch.no_grad()
+def test_v1_by_hand():
+    """
+    The norm of two numbers is (1, -1) if the first is larger, else (-1, 1): the query and the candidates A and C are
+    (1, -1), and B is (-1, 1).
+    """
+    selector = by_hand(
+        "v1",
+        query_proj__weight=EYE,
+        candidate_proj__weight=EYE,
+        pointer__state_proj__weight=[[2**0.5, 0.0], [0.0, 0.0]],  # the logit is s₁ c₁, as √2 is divided by √H
+        state_update__from_pick__weight=[[-2.0, 0.0], [0.0, -2.0]],
+        state_update__norm__bias=[0.5, 0.0],
+    )
+    # step 1, s = (1, -1): the logits of A, B, C are 1, -1, 1
+    first = 1 - math.log(math.e + 1 / math.e + math.e)
+    # the state: (1, -1) - 2 (1, -1) = (-1, 1), which its norm leaves, and 0.5 more: (-0.5, 1)
+    # step 2: the logits of B, C are 0.5, -0.5
+    second = 0.5 - math.log(math.exp(0.5) + math.exp(-0.5))
+    close(selector(**PICK_A_THEN_B).log_probs, torch.tensor([[[first, second]]]), atol=1e-4)
+
+
+@torch.no_grad()
+def test_v2_by_hand():
+    selector = by_hand(
+        "v2",
+        query_proj__weight=EYE,
+        candidate_proj__weight=EYE,
+        layers__0__q_proj__weight=EYE,
+        layers__0__k_proj__weight=[[math.log(2) / 2**0.5, 0.0], [0.0, 0.0]],
+        layers__0__v_proj__weight=EYE,
+        layers__0__o_proj__weight=[[-5.0, 0.0], [0.0, -5.0]],
+        layers__0__up_proj__bias=[10.0, 0.0, 0.0, 0.0],
+        layers__0__down_proj__weight=[[0.4, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]],
+        layers__0__output_norm__weight=[1.0, 0.5],
+        pointer__state_proj__weight=[[2**0.5, 0.0], [0.0, 2**0.5]],  # the logit is s · c
+        state_update__from_state__bias=[-math.log(3), -math.log(3), 0.0, 0.0],
+        state_update__from_pick__weight=[[0.0, 0.0], [0.0, 0.0], [-math.atanh(0.6), 0.0], [0.0, -math.atanh(0.6)]],
+        state_update__norm__bias=[0.0, 1.0],
+    )
+    # as above, query, A and C are (1, -1), B is (-1, 1). Attention: q · k / √2 is ±ln(2) / 2, for A, B, C
+    # +, -, +, so that their shares are as √2 : 1/√2 : √2, which is 0.4, 0.2, 0.4; the values add up to (0.6, -0.6),
+    # which -5 makes (-3, 3). With the query: (-2, 2), whose norm is (-1, 1).
+    # Feed-forward: 0.4 gelu(10) = 4 for the first: (3, 1), whose norm is (1, -1), by (1, 0.5): s = (1, -0.5)
+    # step 1: the logits of A, B, C are 1.5, -1.5, 1.5
+    first = 1.5 - math.log(2 * math.exp(1.5) + math.exp(-1.5))
+    # the gate is σ(-ln 3) = 0.25, the proposal tanh(∓atanh 0.6) = (-0.6, 0.6): 0.25 (1, -0.5) + 0.75 (-0.6, 0.6) =
+    # (-0.2, 0.325), whose norm is (-1, 1), and (0, 1) more: (-1, 2)
+    # step 2: the logits of B, C are 3, -3
+    second = 3 - math.log(math.exp(3) + math.exp(-3))
+    close(selector(**PICK_A_THEN_B).log_probs, torch.tensor([[[first, second]]]), atol=1e-3)
 
 
 # ---- a distribution over ordered sequences ----

@@ -28,21 +28,17 @@ def rows_of_any_length(embeddings, queries, seed=0):
 
 
 @torch.no_grad()
-def right_lengths(selector, data, rows):
+def right_lengths(selector, data, rows, num_shots=2):
     """Share of the queries for which greedy decoding stops where it should."""
     batch = data.collator(rows)
     inputs = {name: batch[name] for name in ("query_embeds", "candidate_embeds", "candidate_indices")}
-    lengths = (selector.eval().select(**inputs).sequences[:, 0] >= 0).sum(-1)
+    lengths = (selector.eval().select(**inputs, num_shots=num_shots).sequences[:, 0] >= 0).sum(-1)
     wanted = [1 if data.embeddings[row["query_id"], 0] > 0 else 2 for row in rows]
     return (lengths == torch.tensor(wanted)).float().mean().item()
 
 
-@pytest.mark.parametrize("options", [{}, {"similarity_prior": True, "prior_rank": 2}], ids=["v3", "prior"])
-def test_the_policy_learns_when_it_is_enough(options, planted, tmp_path):
-    rows = rows_of_any_length(planted.embeddings, list(range(TRAIN + VALIDATION)))
-    train, held = rows[:TRAIN], rows[TRAIN:]
-    start = make_selector(stop=True, max_shots=2, encoder="bi_encoder", **options)
-    before = right_lengths(start, planted, train)
+def trained(start, planted, train, held, tmp_path):
+    """By SFT and then GRPO."""
     sft = SelectorSFTTrainer(
         start,
         SelectorSFTConfig(
@@ -59,11 +55,28 @@ def test_the_policy_learns_when_it_is_enough(options, planted, tmp_path):
         restore_best=False,
     )  # fmt: skip
     trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("options", [{}, {"similarity_prior": True, "prior_rank": 2}], ids=["v3", "prior"])
+def test_the_policy_learns_when_it_is_enough(options, planted, tmp_path):
+    rows = rows_of_any_length(planted.embeddings, list(range(TRAIN + VALIDATION)))
+    train, held = rows[:TRAIN], rows[TRAIN:]
+    start = make_selector(stop=True, max_shots=2, encoder="bi_encoder", **options)
+    before = right_lengths(start, planted, train)
+    trainer = trained(start, planted, train, held, tmp_path)
     assert right_lengths(trainer.model, planted, train) > max(0.9, before + 0.2)
     assert right_lengths(trainer.model, planted, held) > 0.7
     logs = [log for log in trainer.state.log_history if "kl" in log]
     assert logs and all(np.isfinite([log["loss"], log["kl"], log["entropy"]]).all() for log in logs)
     assert np.isfinite(trainer.evaluate()["eval_greedy_reward"])
+
+
+def test_without_the_action_no_number_of_shots_is_right_for_all(planted, tmp_path):
+    rows = rows_of_any_length(planted.embeddings, list(range(TRAIN + VALIDATION)))
+    start = make_selector(max_shots=2, encoder="bi_encoder")
+    trainer = trained(start, planted, rows[:TRAIN], rows[TRAIN:], tmp_path)
+    assert max(right_lengths(trainer.model, planted, rows, shots) for shots in (1, 2)) < 0.7
 
 
 def test_stored_log_probs_of_the_reference_hold_the_stop(planted, tmp_path):
