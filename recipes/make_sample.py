@@ -8,7 +8,7 @@
 The rows of a task are divided into candidates, training, validation and held-out queries. Each kind of query is
 searched in a log of its own by `lever_grpo.pipeline.generate`: what is in the folder `--work` is not asked again, so a
 run that was stopped goes on, and `torchrun --nproc_per_node 2` shares the queries between processes (one thread
-in each is faster than one process with two). `make sample` downloads the sources and makes `supersense`.
+in each is faster than one process with two). `make sample` downloads the sources and makes both tasks.
 """
 
 from __future__ import annotations

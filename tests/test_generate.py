@@ -100,7 +100,8 @@ def test_the_log(finished, tmp_path):
         "records": QUERIES, "sequences": sum(map(len, everything["scores"])), "survivors": 5 * QUERIES,
         "queries": QUERIES, "skipped_queries": 0, "failed_sequences": 0,
     }  # fmt: skip
-    assert manifest["scorer"] == Known().describe() and manifest["versions"].keys() >= {"python", "torch"}
+    assert manifest["scorer"] == Known().describe()
+    assert manifest["versions"].keys() >= {"python", "torch", "datasets", "tokenizers", "safetensors", "pillow"}
     assert manifest["arguments"]["pool_size"] == 6 and manifest["seeds"] == {"seed": 0}
     assert len(list((finished / "shards").iterdir())) == SHARDS
     assert not list(finished.rglob(".*"))
@@ -137,6 +138,17 @@ def test_a_finished_shard_is_not_made_again(task, finished, tmp_path):
 # ---- killed ----
 
 
+def interrupted_at(name):
+    replace_file = os.replace
+
+    def interrupt(source, target):
+        if Path(target).name == name:
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    return interrupt
+
+
 def run_in_child(task, output, calls):
     generate(make(task, output), Known(calls, wait=0.01))
 
@@ -171,14 +183,8 @@ def test_killed_at_ten_random_moments(task, finished, tmp_path, processes):
 @pytest.mark.parametrize("name", ["settings.json", "scorer.json", "pools.jsonl", "00003.jsonl", "beams.jsonl",
                                   "failures.json", "manifest.json"])  # fmt: skip
 def test_interrupted_while_a_file_is_written(task, finished, tmp_path, monkeypatch, name):
-    output, replace_file = tmp_path / "out", os.replace
-
-    def interrupt(source, target):
-        if Path(target).name == name:
-            raise KeyboardInterrupt
-        replace_file(source, target)
-
-    monkeypatch.setattr(os, "replace", interrupt)
+    output = tmp_path / "out"
+    monkeypatch.setattr(os, "replace", interrupted_at(name))
     with pytest.raises(KeyboardInterrupt):
         generate(make(task, output), Known())
     assert not list(output.rglob(name))
@@ -457,6 +463,9 @@ def test_what_to_install(monkeypatch, capsys, tmp_path):
         ({"question_template": "no place"}, "must hold {question}"),
         ({"questions": "q.json"}, "questions and annotations"),
         ({"answers": ["a"], "scorer": "vllm"}, "closed set"),
+        ({"max_pixels": 784}, "max_pixels=784 belongs to scorer='vision_language'"),
+        ({"server_timeout": 3.0}, "server_timeout=3.0 belongs to scorer='vllm'"),
+        ({"text_encoder_revision": "v1"}, "name it by text_encoder"),
     ],
 )
 def test_wrong_arguments(options, message):

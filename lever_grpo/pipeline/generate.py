@@ -6,6 +6,7 @@ and what a run needs to go on (`generate_folder`).
 
 from __future__ import annotations
 
+import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..atomic import one_run
 from ..scorers import Scorer
 from .frozen_model import load_rows, make_scorer
 from .generate_arguments import GenerateArguments, parse_generate
-from .generate_folder import agree, prepare, read_pools, write_pools
+from .generate_folder import agree, prepare, read_pools, write_json, write_pools
 from .generate_log import merge
 from .generate_shards import search_shards
 from .generate_task import choose_queries, make_pools
@@ -84,7 +85,11 @@ def _generate(arguments: GenerateArguments, scorer: Scorer | None, state: Partia
     finished = log.exists() and (output / "manifest.json").exists()
     missing = [shard for shard in shards if not shard.exists()]
     if state.is_main_process and missing and not finished and not (output / "pools.jsonl").exists():
-        write_pools(output / "pools.jsonl", queries, make_pools(arguments, rows, queries, candidates))
+        pools, unreadable = make_pools(arguments, rows, queries, candidates)
+        if unreadable:
+            write_json(output / "unreadable.json", {str(row): reason for row, reason in unreadable.items()})
+        write_pools(output / "pools.jsonl", queries, pools)
+        shutil.rmtree(output / "cache", ignore_errors=True)  # what the pools were made of
     state.wait_for_everyone()
     if finished:
         return log
@@ -93,10 +98,10 @@ def _generate(arguments: GenerateArguments, scorer: Scorer | None, state: Partia
         if state.is_main_process:
             agree(output / "scorer.json", scorer.describe(), "the scorer")
         state.wait_for_everyone()
-        pools = read_pools(output / "pools.jsonl", queries, rows)
+        pool_of = read_pools(output / "pools.jsonl", queries, rows)
         mine = list(shards)[state.process_index :: state.num_processes]
         todo = {shard: shards[shard] for shard in mine if not shard.exists()}
-        search_shards(arguments, scorer, rows, pools, todo, began)
+        search_shards(arguments, scorer, rows, pool_of, todo, began)
     state.wait_for_everyone()
     missing = [shard for shard in shards if not shard.exists()]
     if missing:

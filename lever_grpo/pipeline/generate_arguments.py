@@ -44,6 +44,8 @@ class GenerateArguments(TaskArguments, FrozenModelArguments):
             Their names in the embeddings.
         text_encoder, image_encoder (`str`, *optional*):
             Folder or Hub id of an encoder, also where there are embeddings; see [`encode_texts`], [`encode_images`].
+        text_encoder_revision, image_encoder_revision (`str`, *optional*):
+            Branch, tag or commit of the encoder on the Hub.
         num_shots, beam_size, score, construct_order, unordered, random_sequences, similarity_sequences, judge,
         judge_by:
             Fields of the [`SearchConfig`].
@@ -88,6 +90,8 @@ class GenerateArguments(TaskArguments, FrozenModelArguments):
     image_feature: str = field(default="image", metadata={"help": "Embedding that image_sim compares."})
     text_encoder: str | None = field(default=None, metadata={"help": "Encoder of questions: a folder or a Hub id."})
     image_encoder: str | None = field(default=None, metadata={"help": "Encoder of images: a folder or a Hub id."})
+    text_encoder_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
+    image_encoder_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
     num_shots: int = field(default=2, metadata={"help": "Demonstrations of the survivors, 1 to 8."})
     beam_size: int = field(default=5, metadata={"help": "Sequences that are extended; costs grow in proportion."})
     score: str = field(
@@ -132,6 +136,10 @@ class GenerateArguments(TaskArguments, FrozenModelArguments):
             raise ValueError(
                 f"selector={self.selector!r} with selector_sequences={self.selector_sequences}: give both or neither."
             )
+        for name in ("text_encoder", "image_encoder"):
+            revision = getattr(self, f"{name}_revision")
+            if revision is not None and getattr(self, name) is None:
+                raise ValueError(f"{name}_revision={revision!r} is of an encoder of the Hub; name it by {name}.")
         if not self.log_name.endswith((".jsonl", ".parquet")) or Path(self.log_name).name != self.log_name:
             raise ValueError(f"log_name={self.log_name!r} must be a file name that ends on .jsonl or .parquet.")
         _ = self.search, self.shares  # wrong values are named at once
@@ -140,6 +148,11 @@ class GenerateArguments(TaskArguments, FrozenModelArguments):
     def search(self) -> SearchConfig:
         """The fields of the search."""
         return SearchConfig(**{name: getattr(self, name) for name in SearchConfig.__dataclass_fields__})
+
+    @property
+    def embeddings_cache(self) -> Path:
+        """Where embeddings and pools are kept: in `cache_dir`, or in the log's folder until it has its pools."""
+        return Path(self.cache_dir or Path(self.output_dir, "cache"))
 
     @property
     def shares(self) -> dict[str, float] | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import orjson
+from transformers.utils import cached_file
 
 from ..atomic import atomic_file, refuse_links
 from ..data.examples import Example
@@ -22,14 +23,20 @@ from .generate_arguments import GenerateArguments
 
 
 # what may change when a run goes on: it has no say in what is written
-FREE = ("output_dir", "log_name", "resume", "overwrite", "max_hours", "device", "cache_dir", "disable_tqdm")
+FREE = (
+    "output_dir", "log_name", "resume", "overwrite", "max_hours", "device", "cache_dir", "disable_tqdm",
+    "server_batch_size", "server_concurrency", "server_timeout",
+)  # fmt: skip
+MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja")
+BLOCK, EVERY = 1 << 12, 1 << 18  # bytes of large files that are read, and of which they stand for
 
 
 def prepare(arguments: GenerateArguments, rows: dict[int, Example]) -> None:
     """Refuses to mix two logs in one folder."""
     output = Path(arguments.output_dir)
-    own = [output / name for name in ("settings.json", "scorer.json", "pools.jsonl", "failures.json", "manifest.json")]
-    everything = (*own, output / "shards", output / arguments.log_name)
+    files = ("settings.json", "scorer.json", "unreadable.json", "pools.jsonl", "failures.json", "manifest.json")
+    own = [output / name for name in files]
+    everything = (*own, output / "shards", output / "cache", output / arguments.log_name)
     refuse_links(everything)
     earlier = [path for path in everything if path.exists()]
     if earlier and arguments.overwrite:
@@ -51,7 +58,12 @@ def agree(path: Path, settings: dict[str, Any], what: str) -> None:
         write_json(path, wanted)
         return
     there, here = _flat(orjson.loads(path.read_bytes())), _flat(wanted)
-    differ = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    # inputs of which an earlier version wrote no digest down are not compared
+    differ = [
+        name
+        for name in {**there, **here}
+        if there.get(name) != here.get(name) and (name in there or not name.startswith("inputs."))
+    ]
     if differ:
         shown = "; ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in differ[:5])
         raise ValueError(
@@ -73,12 +85,42 @@ def rows_digest(rows: dict[int, Example]) -> str:
 
 
 def _inputs(arguments: GenerateArguments, rows: dict[int, Example]) -> dict[str, Any]:
-    """Digests of what the arguments name by path."""
-    named = {"candidate_pools": arguments.candidate_pools}
-    if arguments.selector is not None:
-        named["selector"] = str(Path(arguments.selector, "model.safetensors"))
+    """Digests of what the arguments name."""
+    named = {"candidate_pools": arguments.candidate_pools, "embeddings": arguments.embeddings}
+    if arguments.selector is not None:  # a folder, or an id on the Hub
+        named["selector"] = cached_file(arguments.selector, "model.safetensors")
     inputs = {name: file_digest(path) for name, path in named.items() if path is not None and Path(path).is_file()}
+    if arguments.embeddings is not None and Path(arguments.embeddings).is_dir():
+        arrays = sorted(Path(arguments.embeddings).glob("*.npy"))
+        inputs["embeddings"] = _joined((array.name, file_digest(str(array))) for array in arrays)
+    for name in ("model", "tokenizer", "text_encoder", "image_encoder"):
+        folder = getattr(arguments, name)
+        if folder is not None and Path(folder).is_dir():
+            inputs[name] = model_digest(Path(folder), arguments.gguf_file if name == "model" else None)
     return {"rows": len(rows), "rows_sha256": rows_digest(rows), **inputs}
+
+
+def model_digest(folder: Path, gguf_file: str | None = None) -> str:
+    """
+    A digest of a model's files (of the GGUF files that one only), by names, sizes and what they hold: of large ones
+    the first 4 KiB of every 256, so that weights of any size take no time and a trained layer is not missed.
+    """
+    found = (*folder.iterdir(), *folder.glob("*_Pooling/config.json"))  # the latter is of sentence-transformers
+    parts = []
+    for path in sorted(path for path in found if path.suffix in MODEL_FILES and path.is_file()):
+        if path.suffix == ".gguf" and path.name != (gguf_file or path.name):
+            continue
+        size, digest = path.stat().st_size, hashlib.sha256()
+        with open(path, "rb") as stream:
+            for start in range(0, size, EVERY):
+                stream.seek(start)
+                digest.update(stream.read(BLOCK if size > EVERY else size))
+        parts.append((path.relative_to(folder).as_posix(), size, digest.hexdigest()))
+    return _joined(parts)
+
+
+def _joined(parts: Iterable[tuple]) -> str:
+    return hashlib.sha256(repr(list(parts)).encode()).hexdigest()
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -99,6 +141,12 @@ def write_pools(path: Path, queries: Sequence[int], pools: Sequence[Sequence[int
         for query, pool in zip(queries, pools, strict=True):
             if pool:
                 stream.write(orjson.dumps({"query_id": query, "candidate_ids": pool}) + b"\n")
+
+
+def read_unreadable(output: Path) -> dict[str, str]:
+    """Why rows are left out whose image cannot be read, by row id; empty where there are none."""
+    path = output / "unreadable.json"
+    return orjson.loads(path.read_bytes()) if path.exists() else {}
 
 
 def read_pools(path: Path, queries: Sequence[int], rows: dict[int, Example]) -> dict[int, list[Example]]:

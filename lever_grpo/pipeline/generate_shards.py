@@ -16,7 +16,7 @@ from ..scorers import Scorer, ScorerError
 from ..search.beam_search import beam_search
 from ..search.judges import make_judge
 from .generate_arguments import GenerateArguments
-from .generate_folder import read_shard, write_shard
+from .generate_folder import read_shard, read_unreadable, write_shard
 from .generate_task import make_proposals
 
 
@@ -45,6 +45,7 @@ def search_shards(
     state, proposals = PartialState(), make_proposals(arguments, pools)
     judge = None if arguments.judge == "none" else make_judge(arguments.judge_by, rows.values())
     limit = float("inf") if arguments.max_hours is None else began + 3600 * arguments.max_hours
+    unreadable = read_unreadable(Path(arguments.output_dir))
     held: list[Shard] = []
     sequences, started = 0, time.monotonic()
     quiet = arguments.disable_tqdm or not state.is_main_process
@@ -61,6 +62,8 @@ def search_shards(
                 proposals=proposals,
                 judge=judge,
             )
+            for failure in failures:
+                failure["reason"] = unreadable.get(str(failure["query_id"]), failure["reason"])
             about: dict[str, Any] = {
                 "queries": queries,
                 "sequences": sum(len(record["sequences"]) for record in records),

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..atomic import atomic_file
 from ..data.examples import Example
+from ..data.images import open_image
 from ..data.pools import PoolSource
 from .frozen_model import open_store
 from .generate_arguments import GenerateArguments
+from .generate_folder import model_digest, rows_digest
+from .generate_log import versions
+
+
+logger = logging.getLogger(__name__)
 
 
 MAX_GAPS = 100  # places of a table for each row, beyond a million
@@ -42,24 +52,26 @@ def choose_queries(arguments: GenerateArguments, rows: Sequence[Example]) -> tup
 
 def make_pools(
     arguments: GenerateArguments, rows: dict[int, Example], queries: Sequence[int], candidates: Sequence[int]
-) -> list[list[int]]:
+) -> tuple[list[list[int]], dict[int, str]]:
     """
-    Row ids of the candidates of each query; none where there are fewer than `pool_size`.
+    Row ids of the candidates of each query, none where there are fewer than `pool_size`; and the rows that are left
+    out because their image, by which the sampler compares, cannot be read: they are in no pool and have none.
 
     Raises:
         ValueError: if a query has no pool in `candidate_pools`, or no pool has candidates for `num_shots`.
     """
+    unreadable: dict[int, str] = {}
     if arguments.candidate_pools is not None:
         pools = _given_pools(arguments, queries, candidates)
     else:
-        pools = _sampled_pools(arguments, rows, queries, candidates)
+        pools, unreadable = _sampled_pools(arguments, rows, queries, candidates)
     largest = max(map(len, pools))
     if largest < arguments.num_shots:
         raise ValueError(
             f"num_shots={arguments.num_shots}: no pool has so many candidates, the largest one has {largest}; give "
             "larger pools or ask for fewer shots."
         )
-    return pools
+    return pools, unreadable
 
 
 def _given_pools(arguments: GenerateArguments, queries: Sequence[int], candidates: Sequence[int]) -> list[list[int]]:
@@ -77,22 +89,28 @@ def _given_pools(arguments: GenerateArguments, queries: Sequence[int], candidate
 
 def _sampled_pools(
     arguments: GenerateArguments, rows: dict[int, Example], queries: Sequence[int], candidates: Sequence[int]
-) -> list[list[int]]:
+) -> tuple[list[list[int]], dict[int, str]]:
     from ..search.samplers import sample_pools
 
     methods = arguments.shares or {arguments.sampler: 1.0}
-    return sample_pools(
+    image = _image_embeddings(arguments, rows) if "image_sim" in methods else None
+    unreadable = {} if image is None else _unreadable(rows, image)
+    asked = [query for query in queries if query not in unreadable]
+    sampled = sample_pools(
         arguments.sampler,
-        queries,
-        candidates,
+        asked,
+        [candidate for candidate in candidates if candidate not in unreadable],
         arguments.pool_size,
         seed=arguments.seed,
         text=_text_embeddings(arguments, rows) if "text_sim" in methods else None,
-        image=_image_embeddings(arguments, rows) if "image_sim" in methods else None,
+        image=image,
         ratios=arguments.shares,
         entities={row.id: row.entity for row in rows.values() if row.entity is not None},
         allow_empty=True,
+        cache_dir=arguments.embeddings_cache,
     )
+    pool_of = dict(zip(asked, sampled, strict=True))
+    return [pool_of.get(query, []) for query in queries], unreadable
 
 
 def _text_embeddings(arguments: GenerateArguments, rows: dict[int, Example]) -> np.ndarray:
@@ -101,7 +119,10 @@ def _text_embeddings(arguments: GenerateArguments, rows: dict[int, Example]) -> 
     store = open_store(arguments) if arguments.text_encoder is None else None
     if store is not None:
         return store[arguments.text_feature]
-    return _by_row(rows, encode_texts([row.question for row in rows.values()], arguments.text_encoder))
+    encoder, revision = arguments.text_encoder, arguments.text_encoder_revision
+    questions = [row.question for row in rows.values()]
+    known_by = repr(("text", *_known_by(encoder, revision), questions))
+    return _by_row(rows, _cached(arguments, known_by, lambda: encode_texts(questions, encoder, revision=revision)))
 
 
 def _image_embeddings(arguments: GenerateArguments, rows: dict[int, Example]) -> np.ndarray:
@@ -113,7 +134,42 @@ def _image_embeddings(arguments: GenerateArguments, rows: dict[int, Example]) ->
     without = [row.id for row in rows.values() if row.image is None]
     if without:
         raise ValueError(f"rows {without[:5]} have no image to compare; use another sampler, or give embeddings.")
-    return _by_row(rows, encode_images([row.image for row in rows.values()], arguments.image_encoder))
+    encoder, revision = arguments.image_encoder, arguments.image_encoder_revision
+    images = [row.image for row in rows.values()]
+    known_by = repr(("image", *_known_by(encoder, revision), rows_digest(rows)))
+    return _by_row(
+        rows, _cached(arguments, known_by, lambda: encode_images(images, encoder, revision=revision, skip_broken=True))
+    )
+
+
+def _known_by(encoder: str | None, revision: str | None) -> tuple[Any, ...]:
+    """What the embeddings of an encoder depend on, beside the rows."""
+    folder = Path(encoder) if encoder is not None else None
+    return encoder, revision, model_digest(folder) if folder is not None and folder.is_dir() else None, versions()
+
+
+def _cached(arguments: GenerateArguments, known_by: str, encode: Callable[[], np.ndarray]) -> np.ndarray:
+    """Embeddings, from the cache where they were encoded before."""
+    path = arguments.embeddings_cache / f"embeddings-{hashlib.sha256(known_by.encode()).hexdigest()[:32]}.npy"
+    if path.exists():
+        return np.load(path, allow_pickle=False)
+    embeddings = encode()
+    with atomic_file(path) as stream:
+        np.save(stream, embeddings)
+    return embeddings
+
+
+def _unreadable(rows: dict[int, Example], embeddings: np.ndarray) -> dict[int, str]:
+    """Why images that have no embedding cannot be read, by row id."""
+    reasons = {}
+    for row in rows.values():
+        if np.isnan(embeddings[row.id, 0]):
+            try:
+                open_image(row.image)
+            except (OSError, ValueError, SyntaxError) as error:
+                # without the address in memory of bytes that it could not read
+                reasons[row.id] = f"its image cannot be read: {type(error).__name__}: {str(error).split(' <_io.')[0]}"
+    return reasons
 
 
 def _by_row(rows: dict[int, Example], embeddings: np.ndarray) -> np.ndarray:

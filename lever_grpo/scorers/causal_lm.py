@@ -106,6 +106,7 @@ class CausalLMScorer:
         self._tokens = PromptTokens(tokenizer, self.template)
         self.answers = None if answers is None else tuple(answers)
         self._answer_tokens = None if self.answers is None else self._first_tokens(self.answers)
+        self.problems: dict[Prompt, str] = {}  # why prompts of the last call were not asked
         self._chosen: dict[tuple[int, ...], int] = {}  # the most probable of `answers`, of prompts that were scored
         self.share_prefixes = share_prefixes and self._can_share()
 
@@ -246,6 +247,7 @@ class CausalLMScorer:
 
     def _jobs(self, prompts: Sequence[Prompt], new_tokens: int | None = None) -> list[Job | None]:
         """What to ask: about each query's answer or, with `new_tokens`, for one. `None` where that cannot be asked."""
+        self.problems = {}
         starts, endings = self._tokens.of_prompts(prompts), self._tokens.of_answers(prompts)
         jobs: list[Job | None] = []
         for prompt, start, ending in zip(prompts, starts, endings, strict=True):
@@ -261,9 +263,13 @@ class CausalLMScorer:
             elif new_tokens is None and self.answers is not None and words not in self.answers:
                 problem = f"the answer {words!r} is not one of {list(self.answers)}"
             if problem:
-                logger.warning("query %s was not asked: %s", prompt.query.id, problem)
+                self._not_asked(prompt, problem)
             jobs.append(None if problem else Job(start, answer if self.answers is None else answer[:1]))
         return jobs
+
+    def _not_asked(self, prompt: Prompt, problem: str) -> None:
+        logger.warning("query %s was not asked: %s", prompt.query.id, problem)
+        self.problems[prompt] = problem
 
     def _can_share(self) -> bool:
         """Tries whether the model obeys a mask and positions of trees."""

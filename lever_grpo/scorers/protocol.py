@@ -38,8 +38,9 @@ class Scorer(Protocol):
     def score(self, prompts: Sequence[Prompt]) -> list[NDArray[np.float64] | None]:
         """
         Log-probabilities of the tokens of each query's first answer after its prompt, (T,) each, in nats. `None` for a
-        prompt that the model cannot be asked (too long, a broken image); why is logged with the query's id. Values are
-        passed on as the model gives them: the search checks that they are finite.
+        prompt that the model cannot be asked (too long, a broken image); why is logged with the query's id and, by
+        scorers that have this attribute, kept in `problems` until the next call, a dict of prompts to reasons. Values
+        are passed on as the model gives them: the search checks that they are finite.
         """
         ...
 

@@ -121,6 +121,7 @@ class VisionLanguageScorer:
         self.template, self.token_budget, self.revision = template, token_budget, revision
         limits = (max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         self.max_length = min((limit for limit in limits if limit is not None), default=None)
+        self.problems: dict[Prompt, str] = {}  # why prompts of the last call were not asked
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._open = lru_cache(maxsize=WINDOW)(open_image)  # demonstrations come again and again
 
@@ -241,6 +242,7 @@ class VisionLanguageScorer:
         self, prompts: Sequence[Prompt], ask: Callable[[list[_Job]], list[Any]], new_tokens: int | None = None
     ) -> list[Any]:
         """What `ask` says of each prompt, in batches of about one length; `None` where it could not be asked."""
+        self.problems = {}
         different = list(dict.fromkeys(prompts))
         results: dict[Prompt, Any] = {}
         for start in range(0, len(different), WINDOW):
@@ -257,7 +259,6 @@ class VisionLanguageScorer:
 
     def _job(self, prompt: Prompt, new_tokens: int | None) -> _Job | None:
         """The prompt with its answer or, with `new_tokens`, with room for one; `None` if it cannot be asked."""
-        query = prompt.query.id
         messages = []
         if self.template.instruction:
             messages.append(_turn("system", self.template.instruction))
@@ -270,7 +271,7 @@ class VisionLanguageScorer:
                     image = self._open(example.image)
                 except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
                     whose = "its image" if is_query else f"the image of demonstration {example.id}"
-                    logger.warning("query %s was not asked: %s cannot be read: %s", query, whose, _reason(error))
+                    self._not_asked(prompt, f"{whose} cannot be read: {_reason(error)}")
                     return None
             messages.append(_turn("user", self.template.of_query(example), image))
             if not is_query:
@@ -280,7 +281,7 @@ class VisionLanguageScorer:
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
         except ValueError as error:
-            logger.warning("query %s was not asked: the processor refuses its prompt: %s", query, error)
+            self._not_asked(prompt, f"the processor refuses its prompt: {error}")
             return None
         inputs = dict(encoded)
         answer: tuple[int, ...] = ()
@@ -293,7 +294,7 @@ class VisionLanguageScorer:
         elif new_tokens is None and not answer:
             problem = f"the answer {prompt.query.answers[0]!r} has no tokens"
         if problem:
-            logger.warning("query %s was not asked: %s", query, problem)
+            self._not_asked(prompt, problem)
             return None
         shape = inputs["input_ids"].shape
         rest = {"input_ids": torch.tensor([answer[:-1]], dtype=torch.long)}
@@ -302,6 +303,10 @@ class VisionLanguageScorer:
             if x.shape == shape:  # others, like token types, are 0 for text
                 inputs[name] = torch.cat([x, rest.get(name, torch.zeros_like(rest["input_ids"])).to(x.dtype)], dim=1)
         return _Job(prompt, inputs, answer)
+
+    def _not_asked(self, prompt: Prompt, problem: str) -> None:
+        logger.warning("query %s was not asked: %s", prompt.query.id, problem)
+        self.problems[prompt] = problem
 
     def _answer_text(self, example: Example) -> str:
         """An assistant turn of a demonstration; the chat template ends it."""

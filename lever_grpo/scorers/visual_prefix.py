@@ -143,7 +143,7 @@ class VisualPrefixScorer(CausalLMScorer):
             shown = (prompt.query, *prompt.demonstrations)
             broken = [row.id for row in shown if row.image is not None and self.number_of(row.image) is None]
             if broken:
-                logger.warning("query %s was not asked: the images of %s cannot be read", prompt.query.id, broken)
+                self._not_asked(prompt, f"the images of {broken} cannot be read")
                 jobs[i] = None
         return jobs
 

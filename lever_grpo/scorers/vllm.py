@@ -139,6 +139,7 @@ class VLLMScorer:
         self.template = template if template is not None else PromptTemplate()
         self.batch_size, self.concurrency, self.max_length = batch_size, concurrency, max_length
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
+        self.problems: dict[Prompt, str] = {}  # why prompts of the last call were not asked
         self._key = api_key if api_key is not None else os.environ.get("VLLM_API_KEY")
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._tokens = PromptTokens(tokenizer, self.template)
@@ -193,7 +194,7 @@ class VLLMScorer:
         """
         # vLLM takes max_tokens from 1 on; 0 further tokens per position leaves the prompt's own
         settings = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        return self._results(self._jobs(prompts), settings, _log_probs)
+        return self._results(prompts, self._jobs(prompts), settings, _log_probs)
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int = 10) -> list[str | None]:
         """
@@ -206,7 +207,7 @@ class VLLMScorer:
         settings: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": 0.0, "repetition_penalty": 1.0}
         if self.template.stop:
             settings["stop"] = [self.template.stop]
-        return self._results(self._jobs(prompts, max_new_tokens), settings, _text)
+        return self._results(prompts, self._jobs(prompts, max_new_tokens), settings, _text)
 
     def describe(self) -> dict[str, Any]:
         """
@@ -237,6 +238,7 @@ class VLLMScorer:
 
     def _jobs(self, prompts: Sequence[Prompt], new_tokens: int | None = None) -> list[_Job | None]:
         """The prompts with their answers or, with `new_tokens`, with room for one; `None` if it cannot be asked."""
+        self.problems = {}
         starts, answers = self._tokens.of_prompts(prompts), self._tokens.of_answers(prompts)
         return [
             self._job(prompt, start, () if new_tokens else answer, new_tokens)
@@ -255,11 +257,19 @@ class VLLMScorer:
         elif new_tokens is None and not answer:
             problem = f"the answer {prompt.query.answers[0]!r} has no tokens"
         if problem:
-            logger.warning("query %s was not asked: %s", prompt.query.id, problem)
+            self._not_asked(prompt, problem)
         return None if problem else _Job(prompt.query.id, start + answer, len(answer))
 
+    def _not_asked(self, prompt: Prompt, problem: str) -> None:
+        logger.warning("query %s was not asked: %s", prompt.query.id, problem)
+        self.problems[prompt] = problem
+
     def _results(
-        self, jobs: Sequence[_Job | None], settings: dict[str, Any], read: Callable[[_Job, Any], Any]
+        self,
+        prompts: Sequence[Prompt],
+        jobs: Sequence[_Job | None],
+        settings: dict[str, Any],
+        read: Callable[[_Job, Any], Any],
     ) -> list[Any]:
         """What `read` finds in the server's reply about each job; `None` for those that were not taken."""
         different = list(dict.fromkeys(job for job in jobs if job is not None))
@@ -267,12 +277,16 @@ class VLLMScorer:
         results: dict[_Job, Any] = {}
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            for found in pool.map(lambda batch: self._complete(batch, settings, read), batches):
-                results.update(found)
+            for answered in pool.map(lambda batch: self._complete(batch, settings, read), batches):
+                results.update(answered)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error nothing more is sent
-        found_all = [None if job is None else results[job] for job in jobs]
-        return [x.copy() if isinstance(x, np.ndarray) else x for x in found_all]
+        found: list[Any] = [None if job is None else results[job] for job in jobs]
+        for i, prompt in enumerate(prompts):
+            if isinstance(found[i], _Refused):
+                self._not_asked(prompt, f"the server refuses its prompt: {found[i]}")
+                found[i] = None
+        return [x.copy() if isinstance(x, np.ndarray) else x for x in found]
 
     def _complete(
         self, jobs: Sequence[_Job], settings: dict[str, Any], read: Callable[[_Job, Any], Any]
@@ -284,8 +298,7 @@ class VLLMScorer:
             reply = self._ask("/v1/completions", names, body)
         except _Refused as refusal:
             if len(jobs) == 1:
-                logger.warning("query %s was not asked: the server refuses its prompt: %s", jobs[0].query, refusal)
-                return {jobs[0]: None}
+                return {jobs[0]: refusal}
             half = len(jobs) // 2
             return self._complete(jobs[:half], settings, read) | self._complete(jobs[half:], settings, read)
         try:

