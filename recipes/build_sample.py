@@ -19,7 +19,8 @@ The same input gives the same files, byte for byte (with the same versions and n
 
 What is done to the data: sequences become pool positions in search order; equal embeddings, and those that the two
 sides share, are stored once; image embeddings and hidden states are projected on their leading principal directions,
-fitted on rows that are neither held-out nor validation queries.
+fitted on rows that are neither held-out nor validation queries. Where embeddings can be made of the rows alone,
+`encoders.json` says how.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModel, AutoTokenizer
 
 from lever_grpo.data import load_beams
-from lever_grpo.search.features import FeatureMap, encode_hidden_states
+from lever_grpo.search.features import FeatureEncoder, FeatureMap, encode_hidden_states, save_encoders
 
 
 TEXT_WIDTH = 384
@@ -49,8 +50,14 @@ COUNTRY = re.compile(
     r"(?:Which region of the world is|Which continent is|What is the \w+(?: \w+)? of|What are people from) "
     r"(.+?)(?: in| called)?\?$"
 )
-PROMPTS = {"emoji": "Picture: {}\nCategory:", "country_facts": "Q: {}\nA:"}  # the query's part of the scoring prompt
+# the query's part of the scoring prompt
+PROMPTS = {"emoji": "Picture: {question}\nCategory:", "country_facts": "Q: {question}\nA:"}
 HIDDEN_LAYERS = (12, 24)  # of 30: the mean over the tokens of the one, the last token of the other
+TEXTS = {
+    "question": FeatureEncoder("text"),
+    "question_answer": FeatureEncoder("text", "{question} {answer}"),
+    "answer": FeatureEncoder("text", "{answer}"),
+}
 JSON_EXAMPLE = "country_facts"  # the task whose Lever-LM file comes along as an example of that format
 
 
@@ -198,17 +205,21 @@ def build_task(source: Path, target: Path, encoder: Path, frozen_model: Path, em
     if images is not None:
         raw["image"] = images[:, None]
     if source.name in PROMPTS:
-        prompts = [PROMPTS[source.name].format(question) for question in columns["question"]]
+        prompts = [PROMPTS[source.name].format(question=question) for question in columns["question"]]
         raw["hidden"] = encode_hidden_states(
             prompts, HIDDEN_LAYERS, str(frozen_model.parent), gguf_file=frozen_model.name
         )
+    maps: dict[str, FeatureMap] = {}
     for name, features in raw.items():
-        embeddings[name], fitted = reduce_width(features, fit_rows, standardise=name == "hidden")
-        report[name] = lost_width(features, embeddings[name], fitted, fit_rows)
+        embeddings[name], maps[name] = reduce_width(features, fit_rows, standardise=name == "hidden")
+        report[name] = lost_width(features, embeddings[name], maps[name], fit_rows)
     tensors: dict[str, np.ndarray] = {}
     for name, array in embeddings.items():
         tensors.update(store_once(name, array.astype(np.float16)))
     save_file(tensors, str(target / "embeddings.safetensors"))
+    if images is None:  # an emoji's picture is drawn here, and no part of a row
+        hidden = FeatureEncoder("hidden_states", PROMPTS[source.name], layers=HIDDEN_LAYERS)
+        save_encoders(target, {**TEXTS, "hidden": hidden}, maps)
     if source.name == JSON_EXAMPLE:
         shutil.copyfile(source / "beams_train.json", target / "beams_train.json")
     report["rows"] = len(rows)

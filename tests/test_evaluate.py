@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from small_clip import WIDTH, make_clip, make_processor
 
-from lever_grpo import PointerSelector, PointerSelectorConfig
+from lever_grpo import DemonstrationSelector, PointerSelector, PointerSelectorConfig
 from lever_grpo.cli import main
+from lever_grpo.data import load_examples
 from lever_grpo.inference import best_logged, mixed_picks, mmr_picks, random_picks, read_answers
+from lever_grpo.models import ClipSelector
 from lever_grpo.pipeline.evaluate import EvaluateArguments, evaluate, load_queries, make_picks, parse_evaluate
 from lever_grpo.scorers import ScorerError
 
@@ -54,6 +58,10 @@ class Reader:
 
 @pytest.fixture
 def task(tmp_path) -> dict:
+    return make_task(tmp_path)
+
+
+def make_task(tmp_path, pool_size=POOL) -> dict:
     rng = np.random.default_rng(0)
     answers = [COLOURS[i % 3] for i in range(ROWS)]
     rows = [{"id": i, "question": f"colour {i}?", "answers": [answer]} for i, answer in enumerate(answers)]
@@ -62,9 +70,9 @@ def task(tmp_path) -> dict:
     save_file(embeddings, str(tmp_path / "rows.safetensors"))
     records = []
     for query in range(QUERIES):
-        pool = (QUERIES + rng.permutation(ROWS - QUERIES)[:POOL]).tolist()
-        pairs = [[i, j] for i in range(POOL) for j in range(POOL) if i != j]
-        sequences = [[i] for i in range(POOL)] + pairs
+        pool = (QUERIES + rng.permutation(ROWS - QUERIES)[:pool_size]).tolist()
+        pairs = [[i, j] for i in range(pool_size) for j in range(pool_size) if i != j]
+        sequences = [[i] for i in range(pool_size)] + pairs
         scores = [
             sum(answers[pool[i]] == answers[query] for i in s) + zlib.crc32(repr(s).encode()) / 2**40
             for s in sequences
@@ -121,6 +129,69 @@ def test_every_method_is_asked_and_judged(task):
     }
     shown = evaluation["gallery"][0]["picks"]["2"]["grpo"]
     assert len(shown["demonstrations"]) == 2 and shown["accuracy"] in (0.0, 1.0)
+
+
+def test_a_selector_that_sees_the_rows_is_judged_by_them(task, tmp_path):
+    folder = tmp_path / "clip"
+    ClipSelector.from_clip(make_clip(), modalities=["text"], hidden_dim=16).save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    # embeddings of the width that it reads, which it must not take for its own
+    rng = np.random.default_rng(1)
+    names = {"question": 8, "image": 8, "text": WIDTH}
+    save_file({n: rng.standard_normal((ROWS, w)).astype(np.float32) for n, w in names.items()}, task["embeddings"])
+    features = {"query_features": ["text"], "candidate_features": ["text"]}
+    options = {**task, **features, "selectors": [f"clip={folder}"], "baselines": ["random"]}
+    report = evaluate(EvaluateArguments(**options), Reader())["metrics"]["log_prob"]["2"]
+    assert {"clip", "random"} == report["methods"].keys()
+    picks = json.loads(Path(task["output_dir"], "picks.json").read_text())
+    rows, log = load_examples(task["task_file"]), [json.loads(line) for line in open(task["log"])]
+    picker = DemonstrationSelector.from_pretrained(folder)
+    for record, shown in zip(log, picks["shots"]["2"]["clip"][0], strict=True):
+        pool = [rows[i] for i in record["candidate_ids"]]
+        picker.set_candidates(pool)
+        (expected,) = picker.select([rows[record["query_id"]]], 2, pool_size=len(pool))
+        assert shown == [row.id for row in expected.demonstrations]
+
+
+SHOTS = (1, 2, 3, 4, 6, 8)
+
+
+@pytest.fixture(scope="module")
+def many_shots(tmp_path_factory):
+    """An evaluation with all of them: its task, what the model was asked, and the evaluation."""
+    task, asked = make_task(tmp_path_factory.mktemp("shots"), pool_size=9), []
+    return task, asked, evaluate(EvaluateArguments(**task, num_shots=list(SHOTS)), Reader(asked))
+
+
+@pytest.mark.parametrize("shots", SHOTS)
+def test_any_number_of_shots(many_shots, shots):
+    task, asked, evaluation = many_shots
+    records = {r["query_id"]: r for r in map(json.loads, Path(task["log"]).read_text().splitlines())}
+    shown = {(query, demonstrations) for query, demonstrations in asked if len(demonstrations) == shots}
+    assert {query for query, _ in shown} == set(records)
+    for query, demonstrations in shown:
+        assert len(set(demonstrations)) == shots and set(demonstrations) <= set(records[query]["candidate_ids"])
+    for metric in ("accuracy", "log_prob"):
+        report = evaluation["metrics"][metric][str(shots)]
+        # the log has no best sequence of more than two
+        assert ("oracle" in report["methods"]) == (shots <= 2)
+        assert {"zero_shot", "random", "similarity", "mmr", "sft", "grpo"} <= report["methods"].keys()
+        assert report["n_queries"] == QUERIES and "grpo_minus_sft" in report["paired"]
+        folder = Path(task["output_dir"], metric, f"shots{shots}")
+        assert json.loads((folder / "report.json").read_text())["methods"] == report["methods"]
+    for query in evaluation["gallery"]:
+        assert all(len(query["picks"][str(shots)][name]["demonstrations"]) == shots for name in ("random", "grpo"))
+
+
+def test_every_number_of_shots_has_a_place_in_the_report(many_shots):
+    task, _, evaluation = many_shots
+    wanted = [str(shots) for shots in SHOTS]
+    summary = json.loads(files(task["output_dir"])["report.json"])
+    assert [list(summary["metrics"][metric]) for metric in ("accuracy", "log_prob")] == [wanted] * 2
+    page = files(task["output_dir"])["report.html"].decode()
+    columns = re.findall(r'<th scope="col">(\d+) shots? <small>', page)
+    assert columns == wanted * 2  # a table of each metric
+    assert re.findall(r"<option value=.\d+.[^>]*>(\d+)</option>", page)[: len(wanted)] == wanted
 
 
 def test_metrics_are_those_that_are_asked_for(task):

@@ -66,11 +66,12 @@ def test_keys_of_the_report():
         assert row["reward"].keys() == {"mean", "ci_low", "ci_high"}
         assert ("percentile" in row) == (name != "zero_shot")
         assert ("changed_vs_sft" in row) == (name in ("similarity", "rce", "grpo", "oracle"))
-        assert "accuracy" not in row and "gap_closed" in row
+        assert "accuracy" not in row and "gap_closed" in row and "regret" in row
     assert list(report["paired"]) == [
         "sft_minus_similarity",
         "sft_minus_random",
-        *(f"{a}_minus_{b}" for a in ("rce", "grpo") for b in ("sft", "similarity", "random")),
+        *(f"rce_minus_{b}" for b in ("sft", "similarity", "random")),
+        *(f"grpo_minus_{b}" for b in ("rce", "sft", "similarity", "random")),
     ]
     assert all(row.keys() == {"mean", "ci_low", "ci_high", "p_value"} for row in report["paired"].values())
     assert (report["n_queries"], report["n_seeds"]) == (30, 3)
@@ -105,6 +106,56 @@ def test_absent_methods_are_absent_and_others_stand_before_the_oracle():
     assert list(report["methods"]) == ["random", "grpo", "grpo_literal", "oracle"]
     assert list(report["paired"]) == ["grpo_minus_random", "grpo_literal_minus_random"]
     assert default_pairs(["similarity", "oracle"]) == []
+
+
+def test_every_stage_is_compared_with_the_one_before_it():
+    before = {"agreement": "sft", "rce": "agreement", "grpo": "rce"}
+    pairs = default_pairs(["random", "sft", "agreement", "rce", "grpo", "grpo_literal", "oracle"])
+    assert set(before.items()) <= set(pairs) and len(pairs) == len(set(pairs))
+    assert ("grpo_literal", "grpo") not in pairs  # no stage of this training
+    assert ("grpo", "sft") in default_pairs(["sft", "grpo"])  # GRPO alone
+
+    methods = {result.name: result for result in results()}
+    row = build_report(list(methods.values()))["paired"]["grpo_minus_rce"]
+    assert row["mean"] == pytest.approx(methods["grpo"].rewards.mean() - methods["rce"].rewards.mean())
+    assert row["ci_low"] < row["mean"] < row["ci_high"]
+
+
+def test_regret_is_the_shortfall_from_the_oracle():
+    rows = {"random": [0.0, 1.0], "sft": [[1.0, 2.0], [3.0, 2.0]], "oracle": [3.0, 4.0]}
+    methods = build_report([MethodResult(name, rewards) for name, rewards in rows.items()])["methods"]
+    assert {name: row["regret"] for name, row in methods.items()} == {"random": 3.0, "sft": 1.5, "oracle": 0.0}
+    rows = [MethodResult(name, rewards) for name, rewards in rows.items()]
+    assert "regret" not in build_report(rows[:2])["methods"]["sft"]  # nothing to fall short of
+    pooled = pool_tasks({"a": rows, "b": rows})["methods"]["sft"]
+    assert pooled["regret"] == pytest.approx(1.5 / 3.0)  # in units of the gap
+
+
+def test_agreement_with_the_log(tmp_path):
+    def row(name, seeds=2, **agreement):
+        return MethodResult(name, np.zeros((seeds, 3)), **agreement)
+
+    sft = row("sft", rank_correlation=[0.25, 0.5], calibration_error=[1.0, 2.0])
+    save_results([sft, row("grpo", 1, calibration_error=0.5), row("random", 1)], tmp_path / "results.json")
+    report = build_report(list(load_results(tmp_path / "results.json").values()))
+    methods = report["methods"]
+    assert (methods["sft"]["rank_correlation"], methods["sft"]["calibration_error"]) == (0.375, 1.5)
+    assert "rank_correlation" not in methods["grpo"] and "calibration_error" not in methods["random"]
+    text = to_markdown(report)
+    assert "| method | regret | rank correlation | calibration error |" in text
+    assert "| SFT | - | 0.375 | 1.500 |" in text and "| GRPO | - | - | 0.500 |" in text
+    assert "calibration error" not in to_markdown(build_report([row("random")]))
+    with pytest.raises(ValueError, match=r"sft: rank_correlation is \[0.5\]; expected .* 2 seeds"):
+        row("sft", rank_correlation=0.5)
+
+    # files of earlier versions know nothing of it, and may be seeds beside newer ones
+    old = {key: value for key, value in sft.to_dict().items() if key in ("name", "rewards")}
+    (tmp_path / "old.json").write_text(json.dumps([old]))
+    older = load_results(tmp_path / "old.json")["sft"]
+    assert stack_seeds([sft, older]).calibration_error is None
+    assert stack_seeds([sft, row("sft", 1, calibration_error=4.0)]).calibration_error.tolist() == [1.0, 2.0, 4.0]
+    tasks = {task: [row("random", 1), sft, MethodResult("oracle", np.ones(3))] for task in "ab"}
+    assert pool_tasks(tasks)["methods"]["sft"]["rank_correlation"] == 0.375
 
 
 def test_pairs_on_request():
@@ -251,7 +302,9 @@ def test_console_fits_100_columns(kind, capsys):
     rows = results() + [
         MethodResult("grpo_literal", np.zeros((3, 30)), np.zeros((3, 30)), picks=np.zeros((3, 30, 2), int))
     ]
-    rows = [MethodResult(r.name, r.rewards, r.percentiles, np.full(r.rewards.shape, 0.5), r.picks) for r in rows]
+    for i, r in enumerate(rows):
+        correct, agreement = np.full(r.rewards.shape, 0.5), ([-0.1] * r.seeds, [12.0] * r.seeds)
+        rows[i] = MethodResult(r.name, r.rewards, r.percentiles, correct, r.picks, *agreement)
     report = build_report(rows) if kind == "task" else pool_tasks({"country_facts": rows, "easy_vqa": rows, "c": rows})
     print_report(report, Console(width=100))
     lines = capsys.readouterr().out.splitlines()

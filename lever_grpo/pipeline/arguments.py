@@ -69,8 +69,8 @@ class RecipeArguments:
         clip_model (`str`, *optional*):
             Of `"v2_lora"`: the CLIP that it starts from, a folder or a Hub id, with its processor.
         task_file (`str`, *optional*):
-            Of `"v2_lora"`: the rows, as [`load_examples`] reads them; by default those of the sample's task, which
-            come without images.
+            The rows, as [`load_examples`] reads them: what `"v2_lora"` sees, and the texts in the table of
+            `log_groups`; by default those of the sample's task, which come without images.
         dry_run (`bool`, *optional*, defaults to `False`):
             Check everything, run two steps of each stage, write nothing.
         overwrite (`bool`, *optional*, defaults to `False`):
@@ -116,7 +116,7 @@ class RecipeArguments:
         default=None, metadata={"help": "Further options of the selector's configuration, as JSON."}
     )
     clip_model: str | None = field(default=None, metadata={"help": "CLIP of 'v2_lora': a folder or a Hub id."})
-    task_file: str | None = field(default=None, metadata={"help": "Rows that 'v2_lora' sees; default: the sample's."})
+    task_file: str | None = field(default=None, metadata={"help": "Rows: what 'v2_lora' sees and log_groups shows."})
     hidden_dim: int = field(default=64, metadata={"help": "Width of the network."})
     num_set_layers: int = field(default=0, metadata={"help": "Self-attention layers among the candidates."})
     similarity_prior: bool = field(default=True, metadata={"help": "Whether to start exactly at similarity."})

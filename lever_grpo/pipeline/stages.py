@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import TrainerState, set_seed
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from ..atomic import flush
 from ..data import DataCollatorForBeams, DataCollatorForRawBeams
 from ..models import PRESETS, ClipSelector, SelectorModel, load_selector
 from ..trainer import (
@@ -160,7 +162,9 @@ def post_train(
 ) -> GroupBeamGRPOTrainer:
     """Runs RCE and GRPO; checkpoints go to `folder`."""
     options = _stage_options(args, folder)
-    trainer = GroupBeamGRPOTrainer(selector, options, data.policy_collator, data.train, data.validation)
+    trainer = GroupBeamGRPOTrainer(
+        selector, options, data.policy_collator, data.train, data.validation, row_texts=data.row_texts
+    )
     output = Path(str(args.output_dir))
     # what a run that goes on from the Hub needs beside the checkpoint: the stages before, and how rows are embedded
     trainer.hub_extras = {
@@ -206,14 +210,23 @@ def save_selector(selector: Any, folder: Path, data: TaskData) -> None:
     of it or does not exist."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    selector.save_pretrained(partial)
-    if isinstance(data.policy_collator, DataCollatorForRawBeams):
-        data.policy_collator.processor.save_pretrained(partial)
-    else:
-        for file in data.encoders:
-            shutil.copy(file, partial)
+    try:
+        selector.save_pretrained(partial)
+        if isinstance(data.policy_collator, DataCollatorForRawBeams):
+            data.policy_collator.processor.save_pretrained(partial)
+        else:
+            for file in data.encoders:
+                shutil.copy(file, partial)
+        flush([*partial.rglob("*"), partial])
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"{folder} could not be written ({' '.join(str(error).split())}): make room, or mend the folder, and go "
+            "on with --resume_from_checkpoint true."
+        ) from error
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+    flush([folder.parent])
 
 
 def train(

@@ -25,6 +25,7 @@ from ..data import (
     sample_examples,
     split_by_query,
 )
+from ..data.examples import Example
 from ..data.records import BeamDataError
 from ..models import PRESETS, ClipSelector
 from ..search.features import ENCODERS_FILE, MAPS_FILE
@@ -59,6 +60,8 @@ class TaskData:
             What a reader of the report must know, e.g. that scores were estimated.
         encoders (`list[Path]`):
             Files that say how the embeddings are made of rows, which go with every selector.
+        row_texts (`dict[int, str]`):
+            Question and answer of each row, where the rows are known.
     """
 
     name: str
@@ -72,6 +75,7 @@ class TaskData:
     entities: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     encoders: list[Path] = field(default_factory=list)
+    row_texts: dict[int, str] = field(default_factory=dict)
 
 
 def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
@@ -137,22 +141,31 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
     place = sample.folder if sample is not None else Path(str(recipe.embeddings))
     folder = place if place.is_dir() else place.parent
     encoders = [path for name in (ENCODERS_FILE, MAPS_FILE) if (path := folder / name).exists()]
+    rows = _rows(recipe, sample)
     return TaskData(
         name,
         train,
         held_back["validation"],
         held_back["heldout"],
         collator,
-        _raw_collator(recipe, sample) or collator,
+        _raw_collator(recipe, rows) or collator,
         shots,
         similarity,
         entities,
         notes,
         encoders,
+        {row.id: f"{row.question} {row.answers[0]}" for row in rows},
     )
 
 
-def _raw_collator(recipe: RecipeArguments, sample: SampleTask | None) -> DataCollatorForRawBeams | None:
+def _rows(recipe: RecipeArguments, sample: SampleTask | None) -> list[Example]:
+    """The rows themselves, where they are known."""
+    if recipe.task_file is not None:
+        return load_examples(recipe.task_file)
+    return [] if sample is None else sample_examples(sample.name)
+
+
+def _raw_collator(recipe: RecipeArguments, rows: list[Example]) -> DataCollatorForRawBeams | None:
     """Batches of the rows themselves, for a selector that embeds them; `None` for the others."""
     if PRESETS.get(recipe.model_preset) is not ClipSelector:
         return None
@@ -160,11 +173,7 @@ def _raw_collator(recipe: RecipeArguments, sample: SampleTask | None) -> DataCol
         raise ValueError(
             f"model_preset={recipe.model_preset!r} starts from a CLIP: name one by clip_model, a folder or a Hub id."
         )
-    if recipe.task_file is not None:
-        rows = load_examples(recipe.task_file)
-    elif sample is not None:
-        rows = sample_examples(sample.name)
-    else:
+    if not rows:
         raise ValueError(f"model_preset={recipe.model_preset!r} sees the rows themselves: name them by task_file.")
     seen = ("image", "text") if any(row.image is not None for row in rows) else ("text",)
     modalities = recipe.model_options.get("modalities", seen)

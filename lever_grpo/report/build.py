@@ -3,13 +3,14 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from ..metrics.bootstrap import mean_interval, paired_differences, sign_flip_p_value
-from ..metrics.selection import changed_share, gap_closed
-from .results import BASELINES, ORACLE, MethodResult, method_order
+from ..metrics.selection import changed_share, gap_closed, regret
+from .results import AGREEMENTS, BASELINES, ORACLE, TRAINED, MethodResult, method_order
 
 
 # What a trained method is compared with, the start of its training first.
@@ -37,7 +38,8 @@ def build_report(
     Everything a report says, as a JSON-able dictionary.
 
     A method that was not run is absent. `methods.<name>` holds `reward.{mean,ci_low,ci_high}`, `n_seeds`, and, where
-    they are known, `gap_closed`, `percentile`, `accuracy`, `changed_vs_sft`; `paired.<a>_minus_<b>` holds
+    they are known, `gap_closed`, `regret` (mean shortfall from the oracle's reward), `percentile`, `accuracy`,
+    `changed_vs_sft`, `rank_correlation`, `calibration_error`; `paired.<a>_minus_<b>` holds
     `{mean,ci_low,ci_high,p_value}`. See [`~lever_grpo.metrics.mean_interval`] for what is resampled.
 
     Args:
@@ -99,6 +101,8 @@ def build_report(
         if random in by_name and oracle in by_name:
             ends = by_name[random].rewards, by_name[oracle].rewards
             row["gap_closed"] = None if gap is None else gap_closed(result.rewards, *ends)
+        if oracle in by_name:
+            row["regret"] = float(regret(result.rewards, list(by_name[oracle].rewards.T)).mean())
         methods[name] = row | secondary_metrics(result, by_name.get("sft"))
     paired = {}
     for a, b in check_pairs(by_name, baseline_pairs, random, oracle):
@@ -133,21 +137,28 @@ def build_report(
 
 def default_pairs(names: Sequence[str], random: str = "random", oracle: str = ORACLE) -> list[tuple[str, str]]:
     """
-    Every trained method minus SFT, the similarity baselines and random, itself and absent ones left out.
+    Every trained method minus the stage before it, SFT, the similarity baselines and random; itself and absent ones
+    left out.
 
-    Trained is whatever is neither a baseline (zero-shot, random, a similarity) nor the oracle.
+    Trained is whatever is neither a baseline (zero-shot, random, a similarity) nor the oracle. The stages are SFT,
+    agreement of answers, RCE and GRPO, those that were run: what each of them gained is its difference to the one
+    before.
 
     Example:
     ```python
     >>> from lever_grpo.report import default_pairs
-    >>> default_pairs(["random", "sft", "grpo", "oracle"])
-    [('sft', 'random'), ('grpo', 'sft'), ('grpo', 'random')]
+    >>> default_pairs(["random", "sft", "rce", "grpo"])[2:]
+    [('rce', 'random'), ('grpo', 'rce'), ('grpo', 'sft'), ('grpo', 'random')]
 
     ```
     """
     trained = [name for name in method_order(names, oracle) if name not in {*BASELINES, random, oracle}]
     others = [random if name == "random" else name for name in COMPARED_WITH]
-    return [(a, b) for a in trained for b in others if b in names and a != b]
+    stages = [name for name in TRAINED if name in names]
+    before = {stage: [earlier] for earlier, stage in pairwise(stages)}
+    # a stage that follows SFT has it twice
+    wanted = {name: dict.fromkeys([*before.get(name, []), *others]) for name in trained}
+    return [(a, b) for a, against in wanted.items() for b in against if b in names and a != b]
 
 
 def check_results(results: Sequence[MethodResult]) -> dict[str, MethodResult]:
@@ -176,7 +187,7 @@ def check_pairs(
 
 
 def secondary_metrics(result: MethodResult, sft: MethodResult | None) -> dict[str, float]:
-    """Percentile, accuracy and share of changed choices, each where it is known."""
+    """Percentile, accuracy, share of changed choices and agreement with the log, each where it is known."""
     row = {}
     if result.percentiles is not None:
         row["percentile"] = float(result.percentiles.mean())
@@ -184,6 +195,10 @@ def secondary_metrics(result: MethodResult, sft: MethodResult | None) -> dict[st
         row["accuracy"] = float(result.correct.mean())
     if sft is not None and sft.picks is not None and result.picks is not None and result.name != "sft":
         row["changed_vs_sft"] = changed_share(result.picks, sft.picks)
+    for key in AGREEMENTS:
+        values = getattr(result, key)
+        if values is not None:
+            row[key] = float(values.mean())
     return row
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ..metrics.bootstrap import paired_differences, pooled_interval, sign_flip_p_value
 from .build import build_report, check_pairs, check_results, to_jsonable
-from .results import ORACLE, MethodResult, method_order
+from .results import AGREEMENTS, ORACLE, MethodResult, method_order
 
 
 def pool_tasks(
@@ -86,9 +86,10 @@ def pool_tasks(
             "reward": interval._asdict(),
             "n_seeds": max(by_task[task][name].seeds for task in tasks),
             "gap_closed": interval.mean,
+            "regret": 1.0 - interval.mean,
         }
         queries = [by_task[task][name].queries for task in tasks]
-        for key in ("percentile", "accuracy", "changed_vs_sft"):
+        for key in ("percentile", "accuracy", "changed_vs_sft", *AGREEMENTS):
             rows = [reports[task]["methods"][name] for task in tasks]
             if all(key in row for row in rows):
                 methods[name][key] = float(np.average([row[key] for row in rows], weights=queries))

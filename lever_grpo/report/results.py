@@ -19,6 +19,8 @@ from ..metrics.selection import lookup_reward, score_percentile, sequences_of_le
 BASELINES = ("zero_shot", "random", "similarity", "similarity_image", "similarity_all", "mix", "mmr")
 TRAINED = ("sft", "agreement", "rce", "grpo")
 ORACLE = "oracle"
+# how a policy's log-probabilities agree with the rewards of the logged sequences: one number a seed
+AGREEMENTS = ("rank_correlation", "calibration_error")
 
 LABELS = {
     "zero_shot": "zero-shot",
@@ -50,6 +52,9 @@ class MethodResult:
             Accuracy of the answer in [0, 1], where it is known for every query. For a random choice, the expectation.
         picks (`ArrayLike` of shape `(R, Q, S)`, *optional*):
             The choices: pool positions in search order.
+        rank_correlation, calibration_error (`ArrayLike` of shape `(R,)`, *optional*):
+            Of a policy, over all logged sequences: [`~lever_grpo.metrics.rank_correlation`] and
+            [`~lever_grpo.metrics.calibration_error`] of log-probability and reward.
 
     Raises:
         ValueError: If shapes disagree, or a value is not finite or outside its range.
@@ -69,6 +74,8 @@ class MethodResult:
     percentiles: NDArray[np.float64] | None = None
     correct: NDArray[np.float64] | None = None
     picks: NDArray[np.int64] | None = None
+    rank_correlation: NDArray[np.float64] | None = None
+    calibration_error: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         rewards = seed_query_table(self.rewards, f"{self.name}: rewards")
@@ -94,6 +101,17 @@ class MethodResult:
                     f"{rewards.shape} + (shots,)."
                 )
             object.__setattr__(self, "picks", picks.astype(np.int64))
+        for field in AGREEMENTS:
+            values = getattr(self, field)
+            if values is None:
+                continue
+            values = np.atleast_1d(np.asarray(values, dtype=np.float64))
+            if values.shape != rewards.shape[:1] or not np.isfinite(values).all():
+                raise ValueError(
+                    f"{self.name}: {field} is {values.tolist()}; expected a finite number for each of the "
+                    f"{len(rewards)} seeds of rewards."
+                )
+            object.__setattr__(self, field, values)
 
     @property
     def seeds(self) -> int:
@@ -161,6 +179,7 @@ class MethodResult:
             "percentiles": self.percentiles,
             "correct": self.correct,
             "picks": self.picks,
+            **{field: getattr(self, field) for field in AGREEMENTS},
         }
         return {"name": self.name} | {key: None if table is None else table.tolist() for key, table in tables.items()}
 
@@ -190,10 +209,11 @@ def stack_seeds(results: Sequence[MethodResult]) -> MethodResult:
     if len(names) > 1:
         raise ValueError(f"results of {sorted(names)} cannot be seeds of one method; stack each method by itself.")
     tables: dict[str, Any] = {}
-    for field in ("rewards", "percentiles", "correct", "picks"):
+    for field in ("rewards", "percentiles", "correct", "picks", *AGREEMENTS):
         rows = [getattr(result, field) for result in results]
         missing = sum(row is None for row in rows)
-        if 0 < missing < len(rows):
+        # files of earlier versions have no agreement
+        if 0 < missing < len(rows) and field not in AGREEMENTS:
             raise ValueError(
                 f"{results[0].name}: {missing} of {len(rows)} runs have no {field}; record it in all runs or in none."
             )

@@ -127,10 +127,12 @@ def describe(report: Mapping[str, Any]) -> str:
 
 
 def report_tables(report: Mapping[str, Any]) -> list[Table]:
-    """The tables of methods, of paired differences and, for several tasks, of both by task."""
+    """The tables of methods, of how their log-probabilities fit the log, of paired differences, and by task."""
     tables = [_methods_table(report)]
     if report["kind"] == "pooled":
         tables.append(_gap_by_task_table(report))
+    if any("calibration_error" in row for row in report["methods"].values()):
+        tables.append(_log_table(report))
     if report["paired"]:
         tables.append(_paired_table(report))
         if report["kind"] == "pooled":
@@ -176,6 +178,16 @@ def _methods_table(report: Mapping[str, Any]) -> Table:
         "seeds",
     ]
     return Table("What was chosen for the held-out queries", columns, rows)
+
+
+def _log_table(report: Mapping[str, Any]) -> Table:
+    digits = digits_of(report["gap"] or max(abs(row["reward"]["mean"]) for row in report["methods"].values()))
+    shown = {"regret": digits, "rank_correlation": 3, "calibration_error": 3}
+    rows = [
+        [method_label(name)] + [f"{row[key]:.{places}f}" if key in row else "-" for key, places in shown.items()]
+        for name, row in report["methods"].items()
+    ]
+    return Table("Against all logged sequences", ["method", "regret", "rank correlation", "calibration error"], rows)
 
 
 def _paired_table(report: Mapping[str, Any]) -> Table:

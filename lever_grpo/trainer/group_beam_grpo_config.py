@@ -114,8 +114,9 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
 
     Args:
         log_groups (`bool`, *optional*, defaults to `False`):
-            Whether to show a table of groups while training: query, sequences, rewards, advantages, ratios. It goes to
-            the console, to `output_dir/groups/`, and to TensorBoard, trackio and W&B where `report_to` names them.
+            Whether to show a table of groups while training: query, sequences, rewards, advantages, ratios (of rows
+            their texts, where the trainer has `row_texts`, else their ids). It goes to the console, to
+            `output_dir/groups/`, and to TensorBoard, trackio and W&B where `report_to` names them.
         log_groups_steps (`int`, *optional*, defaults to `10`):
             Steps between two tables.
         num_groups_to_log (`int`, *optional*, defaults to `2`):

@@ -30,7 +30,7 @@ from .group_beam_grpo_config import GroupBeamGRPOConfig
 from .group_table import CollatorWithCandidateIds, GroupTableCallback, group_rows
 from .reference import REFERENCE_COLUMN, CollatorWithReference, add_reference_log_probs
 from .schedules import STAGES, StagePlan, warmup_cosine
-from .selector_trainer import SelectorTrainer
+from .selector_trainer import SelectorTrainer, masked_moments
 
 
 FROZEN_POLICIES_NAME = "frozen_policies.safetensors"
@@ -60,6 +60,8 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             Rows of [`load_beams`]. Evaluation is exact where every sequence of a held-out query was scored.
         peft_config (`peft.PeftConfig`, *optional*):
             Trains an adapter instead of the whole selector.
+        row_texts (`dict[int, str]`, *optional*):
+            What rows say, by row id, for the table of `log_groups`, which has their ids without it.
         **kwargs:
             Passed to [`~transformers.Trainer`].
 
@@ -92,7 +94,18 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
     _tag_names = ["lever-grpo", "grpo"]
     args: GroupBeamGRPOConfig
 
-    def __init__(self, model, args, data_collator, train_dataset=None, eval_dataset=None, peft_config=None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args,
+        data_collator,
+        train_dataset=None,
+        eval_dataset=None,
+        peft_config=None,
+        row_texts=None,
+        **kwargs,
+    ):
+        self.row_texts = row_texts
         self.policy_control = PolicyControl(
             stage="rce" if args.rce_epochs > 0 else "grpo_early" if args.curriculum_epochs > 0 else "grpo_late",
             temperature=args.rce_temperature_start,
@@ -157,13 +170,17 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
 
     def _rce_losses(self, model, inputs, rewards):
         mask = inputs["sequence_mask"].any(-1)  # (B, G)
-        output = self.policy(model, inputs)
+        output = self.policy(model, inputs, return_step_log_probs=True)
         weights = compute_softmax_weights(
             rewards, self.policy_control.temperature, mask, normalize=self.args.rce_normalize
         )
         losses = rce_loss(output.log_probs, weights, output.step_mask)  # (B,)
         self._tabulate(model, inputs, rewards, output, mask, weights=weights)
         stats = {"policy_loss": losses, "effective_beams": effective_beams(weights), **_reward_stats(rewards, mask)}
+        with torch.no_grad():
+            stats["entropy"] = _mean_over_steps(
+                step_entropy(output.step_log_probs, sequence_mask=output.step_mask), output.step_mask
+            )
         return losses, self.live_groups(rewards, inputs), stats
 
     def _grpo_losses(self, model, inputs, rewards):
@@ -209,7 +226,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
         with torch.no_grad():
             entropy = step_entropy(output.step_log_probs, sequence_mask=step_mask)
             stats["entropy"] = _mean_over_steps(entropy, step_mask)
-            stats["advantage_mean"], stats["advantage_std"] = _moments(advantages, beam_mask)
+            stats["advantage_mean"], stats["advantage_std"] = masked_moments(advantages, beam_mask)
         stats = {name: torch.where(live, value, torch.nan) for name, value in stats.items()}
         return losses, live, {**stats, **_reward_stats(rewards, mask)}
 
@@ -250,6 +267,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             rewards=rewards,
             log_probs=output.log_probs.sum(-1),
             counts=counts,
+            texts=self.row_texts,
             **columns,
         )
 
@@ -427,15 +445,6 @@ def _mean_over_steps(values: Tensor, step_mask: Tensor) -> Tensor:
     return total / step_mask.sum((-1, -2)).clamp(min=1)
 
 
-def _moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std over the masked entries of each group."""
-    values = values.double()  # the squares of scores of 1e30 or 1e-30 are no float32
-    count = mask.sum(-1).clamp(min=1)
-    mean = torch.where(mask, values, 0.0).sum(-1) / count
-    deviation = torch.where(mask, values - mean.unsqueeze(-1), 0.0)
-    return mean, (deviation.square().sum(-1) / count).sqrt()
-
-
 def _reward_stats(rewards: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    mean, std = _moments(rewards, mask)
+    mean, std = masked_moments(rewards, mask)
     return {"reward": mean, "reward_std": std, "frac_reward_zero_std": tied_groups(rewards, mask).float()}

@@ -10,10 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+from ..terminal import printable
 
 
 CANDIDATE_IDS = "candidate_ids"  # in a batch: the pool of every group, a list of row ids each
@@ -23,6 +26,8 @@ SCHEMA = pa.schema(
         "stage": pa.string(),
         "query_id": pa.int64(),
         "sequence": pa.list_(pa.int64()),
+        "query": pa.string(),
+        "demonstrations": pa.list_(pa.string()),
         "reward": pa.float64(),
         "weight": pa.float64(),
         "advantage": pa.float64(),
@@ -32,6 +37,7 @@ SCHEMA = pa.schema(
         "clipped": pa.bool_(),
     }
 )
+LONGEST = 40  # characters of a text that is printed
 
 
 @dataclass
@@ -61,6 +67,7 @@ def group_rows(
     advantages: Tensor | None = None,
     ratios: Tensor | None = None,
     clipped: Tensor | None = None,
+    texts: Mapping[int, str] | None = None,
 ) -> list[dict[str, Any]]:
     """
     One row per sequence of the first groups of a batch, the best reward of each group first. Training shuffles, so the
@@ -76,6 +83,8 @@ def group_rows(
             The reward of each sequence, the policy's log-probability of it, and whether it counts in the loss.
         weights, advantages, ratios, clipped (`Tensor` of shape `(B, G)`, *optional*):
             What the loss makes of it. Ratio and clipping are left out where a sequence does not count.
+        texts (`dict[int, str]`, *optional*):
+            What rows say, by row id; a row that is not among them is named by its id.
 
     Returns:
         `list[dict[str, Any]]`: the columns of `SCHEMA` from `query_id` on, `None` for what is not known.
@@ -107,7 +116,10 @@ def group_rows(
             if any(mask):
                 pool = inputs[CANDIDATE_IDS][b]
                 picks = [pool[position] for position, real in zip(positions, mask, strict=True) if real]
-                row = {"query_id": query_id, "sequence": picks} | dict.fromkeys(columns)
+                row = {"query_id": query_id, "sequence": picks, "query": None, "demonstrations": None}
+                if texts:
+                    row["query"], *row["demonstrations"] = (texts.get(i, str(i)) for i in (query_id, *picks))
+                row |= dict.fromkeys(columns)
                 row |= {name: values[b][g] for name, values in known.items()}
                 if not row["counts"]:
                     row["ratio"] = row["clipped"] = None
@@ -119,7 +131,7 @@ def group_rows(
 def print_groups(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """
     Prints rows of a [`GroupTableCallback`] as a table, with a line under each group. Columns without values are left
-    out.
+    out, and row ids where texts are known; long texts are cut short.
 
     Args:
         rows (`list[dict[str, Any]]`):
@@ -130,22 +142,24 @@ def print_groups(rows: Sequence[Mapping[str, Any]], console: Console | None = No
     names, cells = _cells(rows)
     table = Table(title=f"Step {rows[0]['step']}, {rows[0]['stage']}", title_justify="left", collapse_padding=True)
     for name in names:
-        table.add_column(name, justify="left" if name == "sequence" else "right")
+        table.add_column(name, justify="left" if name in ("sequence", "query", "demonstrations") else "right")
     for i, row in enumerate(cells):
         last = i + 1 == len(rows) or rows[i + 1]["query_id"] != rows[i]["query_id"]
-        table.add_row(*row, end_section=last)
+        table.add_row(*map(escape, row), end_section=last)
     (console or Console()).print(table)
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     names, cells = _cells(rows)
-    lines = [names, ["---"] * len(names), *cells]
+    lines = [names, ["---"] * len(names), *([cell.replace("|", "\\|") for cell in row] for row in cells)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Names and texts of the columns that say something, step and stage aside."""
     names = [name for name in SCHEMA.names[2:] if any(row[name] is not None for row in rows)]
+    if "query" in names:
+        names = [name for name in names if name not in ("query_id", "sequence")]
     return names, [[_text(row[name]) for name in names] for row in rows]
 
 
@@ -155,7 +169,9 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return " ".join(map(str, value))
+        return ("; " if isinstance(value[0], str) else " ").join(map(_text, value))
+    if isinstance(value, str):
+        return printable(value if len(value) <= LONGEST else value[: LONGEST - 1] + "…")
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

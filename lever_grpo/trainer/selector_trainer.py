@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import EvalPrediction
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..atomic import flush
 from ..data import fully_scored
+from ..data.collator import LazyDataset
 from ..hub.trainer import HubTrainer
 from ..metrics import expected_reward, rank_correlations
 from ..models import load_selector
@@ -94,6 +97,14 @@ class SelectorTrainer(HubTrainer):
         with self._terminate.listening():
             return super().train(*args, **kwargs)
 
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        if isinstance(dataset, Dataset) and dataset.format["type"] is None:
+            dataset = LazyDataset(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def floating_point_ops(self, inputs):
+        return 0  # the base class walks over all weights at every step, to count as of a language model's tokens
+
     # ---- losses ----
 
     def group_losses(
@@ -120,11 +131,21 @@ class SelectorTrainer(HubTrainer):
         """Which groups count in the loss, (B,) bool; by default those with at least one sequence."""
         return inputs["sequence_mask"].any((-1, -2))
 
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Weights of the levels of the reward that count."""
+        given: Any = self.args.reward_weights or {"beam": 1.0}
+        return {name: float(weight) for name, weight in given.items() if weight}
+
     def group_rewards(self, inputs: dict[str, Any]) -> Tensor:
         """The multi-level reward of every sequence, (B, G)."""
-        given: Any = self.args.reward_weights or {"beam": 1.0}
-        weights = {name: float(weight) for name, weight in given.items() if weight}
         mask = inputs["sequence_mask"].any(-1)  # (B, G)
+        aggregation = self.args.multi_objective_aggregation
+        return combine_rewards(self.reward_levels(inputs), self.reward_weights, mask, aggregation=aggregation)
+
+    def reward_levels(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The levels of the reward that have a weight, (B, G) each, before it."""
+        weights = self.reward_weights
         levels = {}
         if "beam" in weights:
             levels["beam"] = reward_from_columns(inputs["rewards"], self.args.reward)
@@ -137,7 +158,18 @@ class SelectorTrainer(HubTrainer):
                 levels["coherence"] = sequence_coherence(query, candidates, sequences, sequence_mask)
             if "diversity" in weights:
                 levels["diversity"] = sequence_diversity(candidates, sequences, sequence_mask)
-        return combine_rewards(levels, weights, mask, aggregation=self.args.multi_objective_aggregation)
+        return levels
+
+    @torch.no_grad()
+    def level_stats(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Mean and std of each level of the reward inside the groups, (B,) each; nothing where there is one level."""
+        if len(self.reward_weights) == 1:
+            return {}
+        stats = {}
+        mask = inputs["sequence_mask"].any(-1)  # (B, G)
+        for name, level in self.reward_levels(inputs).items():
+            stats[f"rewards/{name}/mean"], stats[f"rewards/{name}/std"] = masked_moments(level, mask)
+        return stats
 
     def _comparable_embeds(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The features that query and candidates share by name: (B, D) and (B, K, D)."""
@@ -194,7 +226,7 @@ class SelectorTrainer(HubTrainer):
             # gradients are averaged over processes: undo that, so that the step divides by all live groups once
             loss = total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         if model.training:
-            self._accumulate({**stats, "loss": torch.where(live, losses, math.nan)})
+            self._accumulate({**stats, **self.level_stats(inputs), "loss": torch.where(live, losses, math.nan)})
         return (loss, stats) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -243,7 +275,7 @@ class SelectorTrainer(HubTrainer):
             losses, live, stats = self.group_losses(model, inputs, rewards)
             output = self.policy(model, inputs, return_step_log_probs=True)
             picks = self.greedy_picks(self.accelerator.unwrap_model(self.model), inputs)
-            stats = {**stats, **self.selection_metrics(inputs, rewards, output, picks)}
+            stats = {**stats, **self.level_stats(inputs), **self.selection_metrics(inputs, rewards, output, picks)}
             stats["loss"] = torch.where(live, losses, math.nan)
         return None, {name: value.float() for name, value in sorted(stats.items())}, live
 
@@ -303,11 +335,13 @@ class SelectorTrainer(HubTrainer):
         return metrics
 
     def _save_checkpoint(self, model, trial):
+        folder = Path(self._checkpoint_of(self.state.global_step, trial))
         try:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                flush([*folder.rglob("*"), folder, folder.parent])
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' for a full disk
-            folder = self._checkpoint_of(self.state.global_step, trial)
-            if find_damage(Path(folder)) is None:  # it is whole: what failed came behind it
+            if find_damage(folder) is None:  # it is whole: what failed came behind it
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
@@ -342,6 +376,8 @@ class SelectorTrainer(HubTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled and self.state.global_step == 0:
+            self.optimizer.state.clear()  # saving made one, by a step of zeros, which AdamW would count
         if self.args.should_save:
             save_memory(self.training_memory(), output_dir)
 
@@ -354,6 +390,15 @@ class SelectorTrainer(HubTrainer):
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the masked entries of the last dimension, NaN where there is none."""
     return torch.where(mask, values, 0.0).double().sum(-1) / mask.sum(-1)  # scores may be as large as float32 allows
+
+
+def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std over the masked entries of each group."""
+    values = values.double()  # the squares of scores of 1e30 or 1e-30 are no float32
+    count = mask.sum(-1).clamp(min=1)
+    mean = torch.where(mask, values, 0.0).sum(-1) / count
+    deviation = torch.where(mask, values - mean.unsqueeze(-1), 0.0)
+    return mean, (deviation.square().sum(-1) / count).sqrt()
 
 
 def _mean_over_groups(prediction: EvalPrediction) -> dict[str, float]:

@@ -7,6 +7,7 @@ import pytest
 
 from lever_grpo.data import SampleTask, inspect_log, list_samples, load_beams, load_sample
 from lever_grpo.data.sample import SAMPLE_FOLDER
+from lever_grpo.search.features import load_encoders
 
 
 BEAMS = {"supersense": 3, "easy_vqa": 1}
@@ -49,6 +50,17 @@ def test_heldout_queries_are_nowhere_else(task, tmp_path):
         assert {len(row["scores"]) - searched for row in train} <= set(range(10, 25))
     else:
         assert len(train[0]["scores"]) == searched
+
+
+def test_it_is_said_how_embeddings_are_made_of_rows(task):
+    encoders, maps = load_encoders(task.folder)
+    if task.name == "emoji":  # its pictures are no part of a row
+        assert not encoders
+        return
+    assert encoders.keys() == set(task.store.names)
+    assert maps.keys() == {name for name, encoder in encoders.items() if encoder.kind != "text"}
+    assert all(len(fitted.directions) == task.store.widths[name] for name, fitted in maps.items())
+    assert not any(encoders[name].of_answer for name in task.query_features)
 
 
 def test_embeddings_and_rows_belong_to_the_log(task, tmp_path):

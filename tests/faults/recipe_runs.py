@@ -13,7 +13,8 @@ from lever_grpo.trainer import GroupBeamGRPOConfig
 RECIPE = Path(__file__).parents[2] / "recipes" / "okvqa_v3.py"
 SELECTORS = ("sft", "agreement", "rce", "grpo")
 REPORTS = ("report.json", "report.md", "results.json", "log.json", "curves.png", "gains.png")
-SPEED = ("runtime", "per_second", "train_loss", "flos")
+# of a log: the base class takes `train_loss` over the steps since it was started
+NOT_COMPARED = ("runtime", "per_second", "train_loss")
 
 
 def arguments(files: dict[str, str], output: Path, **options: Any) -> list[str]:
@@ -66,13 +67,13 @@ def run_recipe(words: list[str], log: Path, environment: dict[str, str] | None =
 
 
 def left_behind(output: Path) -> dict[str, Any]:
-    """All that must not depend on what happened on the way: weights, reports, and logs but for their timing."""
+    """All that must not depend on what happened on the way: weights, reports, logs but for what is not compared."""
     found: dict[str, Any] = {name: (output / name / "model.safetensors").read_bytes() for name in SELECTORS}
     found.update({name: (output / name).read_bytes() for name in REPORTS})
     for stage in ("sft", "grpo"):
         state = json.loads((output / "checkpoints" / stage / "trainer_state.json").read_text())
         found[f"log of {stage}"] = [
-            {name: value for name, value in entry.items() if not name.endswith(SPEED)}
+            {name: value for name, value in entry.items() if not name.endswith(NOT_COMPARED)}
             for entry in state["log_history"]
         ]
     return found

@@ -1,5 +1,6 @@
 """Runs that are killed, told to end, left by a process, or find no room say why, and go on to the same end."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -209,6 +210,27 @@ def test_when_one_process_dies_the_other_says_so_and_ends(start, undisturbed_two
     assert re.search("remote worker|[Cc]onnection (closed|reset) by peer", (tmp_path / "log.txt").read_text())
     assert [end_of(process) for process in start.two()] == [0, 0]
     assert differences(tmp_path / "out", undisturbed_two[0]) == []
+
+
+def kill_loaders():
+    """Those of the data, the only processes that a run starts; this one is at work until the signal comes."""
+    for loader in multiprocessing.active_children():
+        loader.kill()
+    time.sleep(2 * MINUTE)
+
+
+def test_when_a_worker_of_the_data_loader_dies_the_run_says_so_and_ends(start, undisturbed, tmp_path):
+    # as in a run that was not started by a server of forks: else each worker imports everything anew
+    fork = partial(multiprocessing.set_start_method, "fork", force=True)
+    process = start(At("grpo", 4, kill_loaders), set_up=fork, dataloader_num_workers=1)
+    assert end_of(process, 5 * MINUTE) == 1
+    # torch's words, or those of the connection, if a batch was just being handed over
+    said = r"DataLoader worker \(pid \d+\) is killed by signal: Killed|ConnectionResetError"
+    assert re.search(said, (tmp_path / "log.txt").read_text())
+    folder = tmp_path / "out" / "checkpoints" / "grpo"
+    assert last_checkpoint(folder) == str(folder / "checkpoint-3")
+    assert end_of(start(), 5 * MINUTE) == 0
+    assert differences(tmp_path / "out", undisturbed) == []
 
 
 def record_writes(record: Path) -> None:

@@ -6,14 +6,23 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from planted import assert_same_weights, make_selector, make_trainer, planted_rows, to_dataset, weights_of
+from planted import assert_same_weights, make_args, make_selector, make_trainer, planted_rows, to_dataset, weights_of
 from rich.console import Console
 from test_invariance import moved, ragged_rows
 
 from lever_grpo import GroupBeamGRPOConfig
+from lever_grpo.data import sample_examples
 from lever_grpo.objectives.policy_losses import LOSS_TYPES
-from lever_grpo.pipeline import parse
-from lever_grpo.trainer.group_table import SCHEMA, GroupTableCallback, group_rows, print_groups
+from lever_grpo.pipeline import RecipeArguments, load_task, parse
+from lever_grpo.pipeline.stages import build_selector, post_train
+from lever_grpo.trainer.group_table import (
+    SCHEMA,
+    GroupTableCallback,
+    _cells,
+    _markdown,
+    group_rows,
+    print_groups,
+)
 
 
 QUIET = {"eval_strategy": "no", "save_strategy": "no"}
@@ -66,6 +75,17 @@ def test_rows_of_a_group_by_hand():
     ]
     assert [tuple(row[name] for name in names) for row in group_rows(inputs, 9, **columns)] == expected
     assert [tuple(row[name] for name in names) for row in group_rows(inputs, 1, **columns)] == expected[:3]
+
+
+def test_texts_of_a_group_by_hand():
+    inputs = {"query_ids": torch.tensor([7]), "candidate_ids": [[30, 40]]}
+    inputs |= {"sequences": torch.tensor([[[1, 0]]]), "sequence_mask": torch.ones(1, 1, 2, dtype=torch.bool)}
+    values = {"rewards": torch.zeros(1, 1), "log_probs": torch.zeros(1, 1), "counts": torch.ones(1, 1).bool()}
+    (row,) = group_rows(inputs, 1, texts={7: "Capital of Peru? Lima", 40: "Capital of Chad? N'Djamena"}, **values)
+    assert row["query"] == "Capital of Peru? Lima" and row["query_id"] == 7
+    assert row["demonstrations"] == ["Capital of Chad? N'Djamena", "30"] and row["sequence"] == [40, 30]
+    (row,) = group_rows(inputs, 1, **values)
+    assert row["query"] is None and row["demonstrations"] is None
 
 
 @pytest.mark.parametrize("level", ["joint", "sequence", "token"])
@@ -156,6 +176,32 @@ def test_printed_table():
         ["5", "7232 8211", "-0.25", "0", "", "-2", "no", ""],
     ]
     assert sum(line.startswith("├") for line in lines) == 1  # between the two groups
+
+
+def test_printed_texts():
+    """They stand in the place of ids, cut short, and steer neither rich nor the terminal nor Markdown."""
+    row = {**dict.fromkeys(SCHEMA.names), "step": 1, "stage": "rce", "query_id": 7, "sequence": [3], "reward": 0.5}
+    row |= {"query": "[bold]a|b\x1b[2J", "demonstrations": ["x" * 41, "y" * 40]}
+    header, shown = [line for line in printed([row]).splitlines() if line[0] in "┃│"][:2]
+    assert [cell.strip() for cell in header.strip("┃").split("┃")] == ["query", "demonstrations", "reward"]
+    assert "[bold]a|b\\x1b[2J" in shown
+    names, cells = _cells([row])
+    assert cells[0][1] == "x" * 39 + "…; " + "y" * 40
+    assert _markdown([row]).splitlines()[-1].startswith("| [bold]a\\|b\\x1b[2J | xxx")
+
+
+def test_a_recipe_shows_texts(tmp_path, capsys):
+    """Those of the sample's rows: question and answer."""
+    recipe = RecipeArguments(task="country_facts", model_preset="prior", max_samples=8)
+    data = load_task(recipe)
+    args = make_args(tmp_path, max_steps=1, **TABLES, **QUIET)
+    post_train(args, data, build_selector(recipe, data.collator), tmp_path / "checkpoints")
+    (path,) = (tmp_path / "checkpoints" / "groups").iterdir()
+    row = pq.read_table(path).to_pylist()[0]
+    rows = sample_examples("country_facts")
+    said = [f"{rows[i].question} {rows[i].answers[0]}" for i in (row["query_id"], *row["sequence"])]
+    assert [row["query"], *row["demonstrations"]] == said
+    assert row["query"].split()[0] in capsys.readouterr().out  # the console folds what is long
 
 
 def test_tables_of_a_run(planted, tmp_path, capsys):

@@ -346,16 +346,17 @@ def test_metric_follows_what_can_be_judged(planted, tmp_path):
 def test_logs_show_everything(planted, tmp_path):
     trainer = make_trainer(tmp_path, planted, adaptive_beta=True)
     trainer.train()
-    shared = {"loss", "policy_loss", "frac_reward_zero_std", "reward", "reward_std"}
+    shared = {"loss", "policy_loss", "frac_reward_zero_std", "reward", "reward_std", "entropy"}
     ratios = {"ratio_mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
-    grpo = ratios | {"kl", "entropy", "advantage_mean", "advantage_std"}
+    grpo = ratios | {"kl", "advantage_mean", "advantage_std"}
     schedules = {"stage", "temperature", "policy_temperature", "beta", "learning_rate", "grad_norm", "epoch"}
     selection = {"greedy_reward", "greedy_found", "greedy_changed", "expected_reward", "rank_correlation"}
     for log in train_logs(trainer):
         assert log.keys() >= shared | schedules | (grpo if log["stage"] else {"effective_beams"})
         assert all(math.isfinite(value) for value in log.values())
+        assert not any(name.startswith("rewards/") for name in log)  # one level: the reward itself
     for log in eval_logs(trainer):
-        wanted = shared | selection | {"kl", "entropy"} | (grpo if log["step"] > 3 else {"effective_beams"})
+        wanted = shared | selection | {"kl"} | (grpo if log["step"] > 3 else {"effective_beams"})
         assert log.keys() >= {f"eval_{name}" for name in wanted}
     logs = train_logs(trainer)[3:]
     for log in logs:
@@ -479,6 +480,32 @@ def test_levels_of_the_reward_reach_the_loss(planted, tmp_path):
         torch.testing.assert_close(trainer.group_rewards(batch), levels[name])
         losses.add(round(trainer.compute_loss(trainer.model, batch).item(), 6))
     assert len(losses) == 4
+
+
+def test_levels_of_the_reward_are_logged_under_their_names(planted, tmp_path):
+    levels = {"reward_weights": {"beam": 1.0, "task": 2.0, "coherence": 0.0}, "task_reward": "correct"}
+    trainer = make_trainer(tmp_path, planted, grpo_epochs=0, curriculum_epochs=0, logging_steps=3, **levels)
+    trainer.train()
+    parts = {"": (train_logs(trainer)[0], planted.train), "eval_": (eval_logs(trainer)[0], planted.validation)}
+    for prefix, (log, dataset) in parts.items():  # 3 steps of 8 groups are all groups once
+        columns = {"beam": dataset["scores"][:], "task": [columns["correct"] for columns in dataset["columns"]]}
+        for name, values in columns.items():
+            groups = np.array(values)
+            assert log[f"{prefix}rewards/{name}/mean"] == pytest.approx(groups.mean(), rel=1e-5)
+            assert log[f"{prefix}rewards/{name}/std"] == pytest.approx(groups.std(axis=1).mean(), rel=1e-5)
+        assert f"{prefix}rewards/coherence/mean" not in log  # without a weight
+        expected = log[f"{prefix}rewards/beam/mean"] + 2 * log[f"{prefix}rewards/task/mean"]
+        assert log[f"{prefix}reward"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_entropy_of_the_first_stage(planted, tmp_path):
+    trainer = in_stage(make_trainer(tmp_path, planted), "rce")
+    batch = batch_of(planted, planted.rows[:3])
+    losses, _, stats = trainer.group_losses(trainer.model, batch, trainer.group_rewards(batch))
+    steps = trainer.policy(trainer.model, batch, return_step_log_probs=True).step_log_probs
+    by_step = torch.distributions.Categorical(logits=steps.clamp(min=-1e9)).entropy()  # (B, G, S)
+    torch.testing.assert_close(stats["entropy"], by_step.mean((-1, -2)))
+    assert not stats["entropy"].requires_grad and losses.requires_grad
 
 
 def test_levels_can_be_normalised_first(planted, tmp_path):
