@@ -92,9 +92,11 @@ format: install  ## repair what ruff can repair
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install  ## run every script in benchmarks/
-	@set -e; for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do \
-		echo "== $$script"; $(OFFLINE) $(BIN)/python $$script $(ARGS); done
+bench: install  ## run every script in benchmarks/ (below 20 minutes on two idle cores; JSON in build/bench)
+	@set -e; start=$$(date +%s); for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do \
+		echo "== $$script"; \
+		$(OFFLINE) $(BIN)/python $$script --output build/bench/$$(basename $$script .py).json $(ARGS); done; \
+		echo "== $$(($$(date +%s) - start)) s in all"
 
 $(INSTALLED_MODEL): $(INSTALLED)
 	$(PIP_INSTALL) pip -e ".[encoders,gguf]"

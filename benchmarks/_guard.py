@@ -1,24 +1,30 @@
 """
 Fails when a ratio fell by more than 30 % below the committed one: `make bench-quick`, a minute on an idle machine.
 
-Only ratios of two sides that are timed in turns are compared, as milliseconds of another machine say nothing. After a
-change that is meant to move them, `--write` commits the new ones to `ratios.json`.
+Only ratios of two sides that are timed in turns are compared, as milliseconds of another machine say nothing: the
+step against the expanded one and against its products, the training loop against a bare one, `load_beams` against
+`json` and a loop, and a query of `v3` against one of the similarity prior alone. After a change that is meant to move
+them, `--write` commits the new ones to `ratios.json`.
 """
 
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import log
 import loop
+import selection
 import step
 import torch
 
 
 RATIOS = Path(__file__).with_name("ratios.json")
 ALLOWED = 0.7  # of the committed ratio
-QUICK = {"step": (step, ["--quick", "-G", "5"]), "loop": (loop, ["--quick"]), "log": (log, ["--quick"])}
+SIZES = ["-G", "5", "16", "-S", "2", "4", "-K", "64", "--repeats", "3"]
+QUICK = {"step": (step, SIZES), "loop": (loop, ["--quick"]), "log": (log, ["--quick"])}
+SELECTIONS = 30
 
 
 def measure() -> dict[str, float]:
@@ -29,6 +35,10 @@ def measure() -> dict[str, float]:
         for target, row in report["targets"].items():
             if ">=" in row["target"] and "epoch" not in target:  # an epoch of a small log is noise
                 found[f"{name}: {target}"] = row["median"]
+    vectors = selection.vectors_of(selection.POOL)
+    sides = {name: selection.selector_of(vectors, selection.SIDES[name]) for name in ("v3", "prior alone")}
+    times = {name: row["1"]["median"] for name, row in selection.times_of(sides, SELECTIONS).items()}
+    found["selection: prior alone over v3, one query"] = times["prior alone"] / times["v3"]
     return found
 
 
@@ -37,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"commit what is measured to {RATIOS.name}")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    start = time.perf_counter()
     found = measure()
     if args.write:
         RATIOS.write_text(json.dumps(found, indent=2) + "\n")
@@ -45,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         worse = name not in found or found[name] < ALLOWED * before
         fell += worse
         print(f"{name}: {found.get(name, float('nan')):.2f}, committed {before:.2f}{'  FELL' if worse else ''}")
+    print(f"{time.perf_counter() - start:.0f} s")
     return 1 if fell else 0
 
 

@@ -40,6 +40,7 @@ def finish(report: dict, output: Path | None) -> None:
     for name, row in report.get("targets", {}).items():
         print(f"{name}: {text(row)}, target {row['target']}: {'met' if row['met'] else 'MISSED'}")
     if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -66,18 +66,26 @@ def kept_bytes(step: Step) -> int:
     return sum(kept.values())
 
 
-def epoch_of(groups: int) -> tuple[float, int]:
+def epoch_of(folder: Path) -> tuple[float, int]:
     """Seconds of an epoch of training over a log, and the bytes by which the process's own memory has grown."""
+    dataset, collator = load_data(folder)
+    trainer = GroupBeamGRPOTrainer(make_selector(), make_config(folder), collator, dataset)
+    trainer.remove_callback(PrinterCallback)
+    process = psutil.Process()
+    before = process.memory_full_info().uss
+    elapsed = seconds(trainer.train, "cpu")
+    return elapsed, process.memory_full_info().uss - before
+
+
+def epochs_of(turns: int) -> list[list[tuple[float, int]]]:
+    """`epoch_of` each number of groups, turn by turn."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_data(folder, groups)
-        dataset, collator = load_data(folder)
-        trainer = GroupBeamGRPOTrainer(make_selector(), make_config(folder), collator, dataset)
-        trainer.remove_callback(PrinterCallback)
-        process = psutil.Process()
-        before = process.memory_full_info().uss
-        elapsed = seconds(trainer.train, "cpu")
-        return elapsed, process.memory_full_info().uss - before
+        folders = [Path(name, str(groups)) for groups in GROUPS]
+        for folder, groups in zip(folders, GROUPS, strict=True):
+            folder.mkdir()
+            make_data(folder, groups)
+        epoch_of(folders[0])  # what the first training loads stays in memory
+        return [[epoch_of(folder) for folder in folders] for _ in range(turns)]
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
@@ -105,8 +113,7 @@ def run(args: argparse.Namespace) -> dict:
             "memory_exponent": exponent(sizes, [float(value) for value in memory]),
             "why": WHY[name],
         }
-    epoch_of(min(GROUPS))  # what the first training loads stays in memory
-    taken = [[epoch_of(groups) for groups in GROUPS] for _ in range(1 if args.quick else 3)]
+    taken = epochs_of(1 if args.quick else 3)
     epochs = [spread([turn[i][0] for turn in taken]) for i in range(len(GROUPS))]
     rows["groups"] = {
         "sizes": GROUPS,

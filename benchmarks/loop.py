@@ -11,6 +11,7 @@ logs them, moves the schedules. The same losses on both sides are checked first;
 
 import argparse
 import copy
+import gc
 import logging
 import tempfile
 import time
@@ -171,6 +172,7 @@ def run(args: argparse.Namespace) -> dict:
         losses = {}
         for _ in range(args.repeats):
             for name, side in turns.items():
+                gc.collect()  # what the turn before has left is not this one's
                 taken, losses[name] = side()
                 times[name].append(taken)
         torch.testing.assert_close(losses["trainer"], losses["bare"], atol=2e-4, rtol=1e-3)
