@@ -226,7 +226,12 @@ def add_select(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines to write, one a query")
     parser.add_argument("--num_shots", type=int, default=2, help="demonstrations of a query (default %(default)s)")
     parser.add_argument("--pool_size", type=int, default=64, help="candidates of a query (default %(default)s)")
-    parser.add_argument("--sampler", default="text_sim", help="random, text_sim, image_sim or mix (default text_sim)")
+    parser.add_argument(
+        "--sampler",
+        choices=("random", "text_sim", "image_sim", "mix"),  # METHODS of search/samplers.py, not imported for a --help
+        default="text_sim",
+        help="how pools are chosen (default %(default)s)",
+    )
     parser.add_argument("--ratios", nargs="+", metavar="METHOD=SHARE", help="shares of mix")
     parser.add_argument("--query_embeddings", metavar="PATH", help="instead of encoders: .safetensors, .npy, folder")
     parser.add_argument("--candidate_embeddings", metavar="PATH", help="the same; row i is the file's i-th row")
@@ -309,6 +314,7 @@ def add_push(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--private", action="store_true", default=None, help="make it private; default: the account's")
     parser.add_argument("--rows", metavar="FILE", help="of a log: questions, answers and images, to be published too")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=push_command)
 
 
@@ -318,7 +324,8 @@ def push_command(args: argparse.Namespace) -> int:
     from .hub import push_folder
 
     options = {} if args.rows is None else {"rows": load_examples(args.rows)}
-    print(push_folder(args.folder, args.repo_id, repo_type=args.repo_type, private=args.private, **options))
+    url = push_folder(args.folder, args.repo_id, repo_type=args.repo_type, private=args.private, **options)
+    print(json.dumps({"repo_id": args.repo_id, "url": url}, indent=2) if args.json else url)
     return 0
 
 

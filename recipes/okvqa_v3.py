@@ -3,7 +3,7 @@
     accelerate launch recipes/okvqa_v3.py --config recipes/okvqa_v3.yaml
 
 Without `--beam_data` it runs on the packaged sample; with it, `--embeddings` names the embeddings of the rows. See
-`recipes/README.md` for the commands of single stages, several GPUs and OK-VQA itself.
+`docs/recipes.md` for the commands of single stages, several GPUs and OK-VQA itself.
 """
 
 import sys

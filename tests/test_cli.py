@@ -25,6 +25,7 @@ from lever_grpo.cli import build_parser, main, train_classes
 from lever_grpo.data import load_beams
 from lever_grpo.pipeline.launch import CommandArguments, launch, packaged_configs
 from lever_grpo.pipeline.parsing import parse_dataclasses
+from lever_grpo.search.samplers import METHODS
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,8 +131,12 @@ def test_help_has_everything(capsys):
         assert flag in text
 
 
+def commands_of_the_parser():
+    return next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+
+
 def test_both_spellings_of_a_flag():
-    commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    commands = commands_of_the_parser()
     for name in ("inspect", "push"):
         for action in commands[name]._actions:
             dashed = {flag for flag in action.option_strings if "-" in flag[2:]}
@@ -354,6 +359,26 @@ def test_train(planted_files, tmp_path, capsys):
     assert "must be true or false" in capsys.readouterr().err
 
 
+def test_samplers_of_select(capsys):
+    select = commands_of_the_parser()["select"]
+    (sampler,) = [action for action in select._actions if action.dest == "sampler"]
+    assert sampler.choices == (*METHODS, "mix")
+    with pytest.raises(SystemExit):
+        main(["select", "x", "--queries", "q", "--candidates", "c", "--out", "o", "--sampler", "text"])
+    assert "invalid choice: 'text'" in capsys.readouterr().err
+
+
+def test_every_command_has_json_as_the_page_says():
+    """The table and the sentences of `cli.md`."""
+    without = {"demo", "completion"}
+    for name, parser in commands_of_the_parser().items():
+        classes = parser.get_default("classes")
+        flags = {flag for action in parser._actions for flag in action.option_strings}
+        has = CommandArguments in classes() if classes is not None else "--json" in flags
+        assert has == (name not in without), name
+        assert (classes is not None) == (name in ("train", "generate", "evaluate", "demo"))  # --config
+
+
 def test_convert(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests" / "convert")
     from public_lever_plus import public_selector
@@ -400,8 +425,7 @@ def complete(tmp_path_factory):
 
 
 def test_completion_of_commands(complete):
-    commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
-    assert set(complete("")) == set(commands)
+    assert set(complete("")) == set(commands_of_the_parser())
     assert complete("ins") == ["inspect"]
 
 

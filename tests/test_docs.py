@@ -1,7 +1,8 @@
 """The documentation: its code runs, its commands are known, its tables tell the truth, the site builds.
 
-A block that is neither run nor read by a parser stands under `<!-- not run: reason -->`. The README's Python blocks
-and relative links are checked in `test_packaging.py`.
+Every block of Python and of bash runs, but for those under `<!-- not run: reason -->`, whose commands are read by the
+real parsers. Blocks of JSON and YAML are logs and configs, and are read as such. The README's Python blocks and the
+relative links are tested in `test_packaging.py`.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,38 +24,102 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 from PIL import Image
+from small_language_models import TOKENIZER, llama
 from torch.distributed.run import get_args_parser
 
-from lever_grpo import EmbeddingStore, GroupBeamGRPOConfig, SelectorSFTConfig, SelectorSFTTrainer
-from lever_grpo.cli import build_parser
+from lever_grpo import (
+    EmbeddingStore,
+    GroupBeamGRPOConfig,
+    PointerSelector,
+    PointerSelectorConfig,
+    SelectorSFTConfig,
+    SelectorSFTTrainer,
+    load_beams,
+    load_sample,
+)
+from lever_grpo.cli import build_parser, train_classes
 from lever_grpo.demo import parse_demo
 from lever_grpo.objectives.policy_losses import LOSS_TYPES
 from lever_grpo.pipeline import parse
 from lever_grpo.pipeline.evaluate import parse_evaluate
 from lever_grpo.pipeline.generate import parse_generate
 from lever_grpo.pipeline.launch import NO_LAUNCH, packaged_configs
+from lever_grpo.pipeline.parsing import read_values
+from lever_grpo.search.features import FeatureEncoder, FeatureMap, save_encoders
 
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-ROOT_PAGES = sorted(ROOT.glob("*.md"))
-WITH_COMMANDS = [*PAGES, *ROOT_PAGES, ROOT / "recipes" / "README.md"]
+ALL_PAGES = [
+    *PAGES,
+    *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("benchmarks/*.md")),
+    *sorted(ROOT.glob("recipes/*.md")),
+]
 BLOCK = re.compile(
-    r"^(?:[ \t]*<!-- not run: (?P<reason>[^\n]+?) -->\n)?[ \t]*```(?P<language>\w+)\n(?P<code>.*?)^[ \t]*```$",
+    r"^(?:[ \t]*<!-- not run: (?P<reason>[^\n]+?) -->\n)?[ \t]*```(?P<language>\w*)\n(?P<code>.*?)^[ \t]*```$",
     re.MULTILINE | re.DOTALL,
 )
+DRAWN = ("mermaid", "text")  # what nothing could run
 Parser = Callable[[list[str]], object]
 
 
-def blocks(page: Path, language: str) -> Iterator[str]:
-    """The blocks of a language that are not marked as not run."""
-    for found in BLOCK.finditer(page.read_text(encoding="utf-8")):
-        if found["language"] == language and not found["reason"]:
-            yield dedent(found["code"])
+class Block(NamedTuple):
+    language: str
+    code: str
+    reason: str | None  # why it is not run
 
 
-# ---- Python ----
+def blocks(page: Path, *languages: str) -> list[Block]:
+    """The blocks of some languages, in the order of the page."""
+    found = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return [Block(b["language"], dedent(b["code"]), b["reason"]) for b in found if b["language"] in languages]
+
+
+def to_run(page: Path) -> list[Block]:
+    """All blocks of code that are not marked as not run."""
+    languages = ("bash",) if page in IN_PACKAGING else ("python", "bash")
+    return [block for block in blocks(page, *languages) if block.reason is None]
+
+
+# ---- blocks that run ----
+
+
+def small_log(path: str = "my_log.json") -> None:
+    """Forty groups of the sample, in our own format."""
+    groups = load_sample("country_facts").load("train", shots=2).select(range(40))
+    columns = ("query_id", "candidate_ids", "sequences", "scores")
+    records = [{name: row[name] for name in columns} for row in groups]
+    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def log_without_pools() -> None:
+    """The same log, its pools in a file of their own."""
+    small_log()
+    records = [json.loads(line) for line in Path("my_log.json").read_text().splitlines()]
+    pools = [{"query_id": record["query_id"], "candidate_ids": record.pop("candidate_ids")} for record in records]
+    for record, pool in zip(records, pools, strict=True):
+        sequences = zip(record["sequences"], record.pop("scores"), strict=True)
+        ids = [([pool["candidate_ids"][position] for position in picks], score) for picks, score in sequences]
+        record["sequences"] = [{"search_order": picks, "score": score} for picks, score in ids]
+    for path, rows in (("my_log.json", records), ("my_pools.jsonl", pools)):
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def selector_and_rows() -> None:
+    """A selector that embeds rows by a tiny model, and rows of each side."""
+    llama().save_pretrained("llama")
+    TOKENIZER.save_pretrained("llama")
+    folder = "outputs/supersense/grpo"
+    config = PointerSelectorConfig(query_features={"question": 64}, candidate_features={"question": 64})
+    PointerSelector(config).save_pretrained(folder)
+    as_it_is = FeatureMap(np.zeros((2, 32)), np.ones((2, 32)))
+    encoder = FeatureEncoder("hidden_states", model="llama", layers=(1, 2))
+    save_encoders(folder, {"question": encoder}, {"question": as_it_is})
+    for name, known in {"candidates": {"answer": "a"}, "queries": {}}.items():
+        rows = [{"id": i, "question": f"{name} {i}?", **known} for i in range(4)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def lever_plus_checkpoint() -> None:
@@ -83,6 +148,11 @@ def small_okvqa() -> None:
     for name in ("question", "answer", "image"):
         vectors = np.random.default_rng(0).standard_normal((45, 4)).astype(np.float32)
         np.save(root / "embeddings" / f"{name}.npy", vectors)
+    Path("outputs/okvqa_beams").mkdir(parents=True)
+    pairs = [[i, j] for i in range(4) for j in range(4) if i != j]
+    groups = [{"query_id": i, "candidate_ids": [20, 21, 22, 23], "sequences": pairs} for i in range(8)]
+    records = [group | {"scores": np.linspace(-3, -1, len(pairs)).tolist()} for group in groups]
+    Path("outputs/okvqa_beams/beams.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def lever_plus_embeddings() -> None:
@@ -91,37 +161,111 @@ def lever_plus_embeddings() -> None:
 
 
 # what a page takes for granted
-FILES = {"convert": lever_plus_checkpoint, "okvqa": small_okvqa, "MIGRATION": lever_plus_embeddings}
-IN_PACKAGING = {ROOT / "README.md"}
-WITH_PYTHON = {page.stem: page for page in [*PAGES, *ROOT_PAGES] if any(blocks(page, "python"))}
+FILES: dict[str, Callable[[], None]] = {
+    "docs/convert.md": lever_plus_checkpoint,
+    "docs/evaluate.md": selector_and_rows,
+    "docs/index.md": small_log,
+    "MIGRATION.md": lever_plus_embeddings,
+    "docs/okvqa.md": small_okvqa,
+    "README.md": log_without_pools,
+}
+IN_PACKAGING = {ROOT / "README.md"}  # its Python
+RUNNING = {page.relative_to(ROOT).as_posix(): page for page in ALL_PAGES if to_run(page)}
 
 
-@pytest.mark.parametrize("name", [name for name, page in WITH_PYTHON.items() if page not in IN_PACKAGING])
-def test_python_blocks_run(name, tmp_path, monkeypatch):
-    """In the order of the page, in one namespace, in an empty folder."""
+def run_bash(code: str) -> str:
+    """What a block prints, in a shell of its own that ends at the first command that fails, as in a clone."""
+    for name in ("recipes", "accelerate_configs", "lever_grpo"):
+        if not Path(name).exists():
+            Path(name).symlink_to(ROOT / name)
+    if not Path(".venv").exists():
+        Path(".venv").symlink_to(sys.prefix)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": os.getcwd(), "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", code], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, f"{code}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_blocks_run(name, tmp_path, monkeypatch):
+    """In the order of the page, in a folder that holds what the page takes for granted; Python in one namespace."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "tests")
     FILES.get(name, lambda: None)()
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for code in blocks(WITH_PYTHON[name], "python"):
-        exec(compile(code, str(WITH_PYTHON[name]), "exec"), namespace)
-    if name == "MIGRATION":
+    for block in to_run(RUNNING[name]):
+        if block.language == "bash":
+            run_bash(block.code)
+        else:
+            exec(compile(block.code, str(RUNNING[name]), "exec"), namespace)
+    if name == "docs/cli.md":
+        assert "lever" in Path(".local/share/bash-completion/completions/lever-grpo").read_text()
+    if name == "docs/convert.md":
+        assert (tmp_path / "outputs" / "lever_plus" / "model.safetensors").exists()
+    if name == "docs/evaluate.md":
+        assert len(Path("picks.jsonl").read_text().splitlines()) == 4
+    if name == "MIGRATION.md":
         exported = torch.load("query_embeddings.pt", weights_only=True)
         assert np.array_equal(EmbeddingStore.open("embeddings")["embedding"], exported.numpy())
-    if name == "okvqa":
+    if name == "docs/okvqa.md":
         pools = [json.loads(line) for line in Path("okvqa/pools.jsonl").read_text().splitlines()]
         assert [pool["query_id"] for pool in pools] == [40, 41, 42, 43, 44]
         assert all(len(pool["candidate_ids"]) == 32 and max(pool["candidate_ids"]) < 40 for pool in pools)
-    if name == "quickstart":
+    if name == "docs/quickstart.md":
         (query, shown) = namespace["query"], namespace["picked"].demonstrations
         assert len({row.entity for row in (query, *shown)}) == 3, "rows about the query's own country are not shown"
+        left = {path.name for path in Path("outputs/quickstart").iterdir()}
+        assert left >= {"sft", "agreement", "rce", "grpo", "report.md", "report.json"}
+
+
+def test_no_block_is_of_another_kind():
+    tested = ("python", "bash", "json", "yaml", *DRAWN)
+    for page in ALL_PAGES:
+        fences = re.findall(r"^[ \t]*```", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert len(fences) == 2 * len(blocks(page, *tested)), f"{page.name} has a block that no test knows"
+
+
+def test_python_blocks_that_are_not_run_compile():
+    not_run = [block for page in ALL_PAGES for block in blocks(page, "python") if block.reason]
+    assert len(not_run) <= 2
+    for block in not_run:
+        compile(block.code, "page", "exec")
 
 
 def test_the_readme_has_the_blocks_that_are_tested():
-    assert len(list(blocks(ROOT / "README.md", "python"))) == 2  # by name in test_packaging.py
+    assert len(blocks(ROOT / "README.md", "python")) == 2  # by name in test_packaging.py
+
+
+# ---- blocks that are read ----
+
+
+JSON_BLOCKS = [block.code for page in ALL_PAGES for block in blocks(page, "json")]
+YAML_BLOCKS = [block.code for page in ALL_PAGES for block in blocks(page, "yaml")]
+
+
+@pytest.mark.parametrize("code", JSON_BLOCKS)
+def test_json_blocks_are_logs(code, tmp_path):
+    record = json.loads(code)
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps(record))
+    (group,) = load_beams(str(path), rebuild_pools=True, cache_dir=str(tmp_path))
+    assert group["query_id"] == 7211 and {2229, 7232} <= set(group["candidate_ids"]) and group["scores"]
+
+
+@pytest.mark.parametrize("code", YAML_BLOCKS)
+def test_yaml_blocks_are_configs(code, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(code)
+    assert read_values(train_classes(), ["--config", str(path)], "lever-grpo train")
 
 
 # ---- commands ----
+
+
+OF_THE_SHELL = {".", "cd", "done", "for", "mkdir", "wget"}
 
 
 def train(arguments: list[str]) -> object:
@@ -161,7 +305,9 @@ def check_script(path: str, arguments: list[str]) -> None:
     if script is not None:
         script(arguments)
     else:
-        assert not arguments, f"the options of {path} are not known here; mark the block as not run"
+        source = Path(path).read_text(encoding="utf-8")
+        for word in arguments:
+            assert not word.startswith("--") or f'"{word}"' in source, f"{path} does not know {word}"
 
 
 def check_pip(words: list[str]) -> None:
@@ -180,7 +326,7 @@ def check_pip(words: list[str]) -> None:
 
 def check(words: list[str]) -> None:
     """Raises if the command, an option of it, or a file of the repository that it names is not there."""
-    program, rest = Path(words[0]).name, words[1:]
+    program, rest = Path(words[0]).name or words[0], words[1:]  # "." has no name
     if program == "lever-grpo":
         parsed = build_parser().parse_args(rest)
         if rest[0] in SUBCOMMANDS:
@@ -204,17 +350,18 @@ def check(words: list[str]) -> None:
     elif program == "pip":
         check_pip(rest)
     else:
-        assert words == [".", ".venv/bin/activate"], f"{program} is not known here; mark the block as not run"
+        assert program in OF_THE_SHELL, f"{program} is not known here"
     for word in rest:
         if word.startswith(("lever_grpo/", "recipes/", "accelerate_configs/")):
             assert (ROOT / word).exists(), f"{word} does not exist"
 
 
-@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_are_known(page, monkeypatch):
+    """Those that are not run too."""
     monkeypatch.chdir(ROOT)
     for block in blocks(page, "bash"):
-        for words in commands(block):
+        for words in commands(block.code):
             try:
                 check(words)
             except (Exception, SystemExit) as error:
@@ -231,6 +378,7 @@ def test_commands_are_known(page, monkeypatch):
         "accelerate launch recipes/okvqa_v3.py --config recipes/okvqa_v3.yaml --loss_type gpro",
         "torchrun --nproc_per_node 2 recipes/none.py",
         "make dokumentation",
+        "python benchmarks/scoring.py --querys 2",
         "pip install 'lever_grpo[encodings]'",
         "lever-grpo inspect lever_grpo/sample/none/train.parquet",
     ],
@@ -248,13 +396,17 @@ def documented_keys(page: str) -> set[str]:
     """Keys in the first columns of the tables under "Logged metrics"."""
     section = (DOCS / page).read_text(encoding="utf-8").partition("## Logged metrics\n")[2]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    return {key for cell in cells for key in re.findall(r"`([\w/]+)`", cell)}
+    return {key for cell in cells for key in re.findall(r"`([\w/<>]+)`", cell)}
 
 
 def logged_keys(trainer) -> set[str]:
     trainer.train()
     speed = re.compile(r"train_|eval_(runtime|\w+_per_second)$|total_flos|step$")
-    return {key for log in trainer.state.log_history for key in log if not speed.match(key)}
+    keys = {key for log in trainer.state.log_history for key in log if not speed.match(key)}
+    return {re.sub(r"rewards/\w+/", "rewards/<level>/", key) for key in keys}
+
+
+LEVELS = {"reward_weights": {"beam": 1.0, "task": 1.0}, "task_reward": "correct"}
 
 
 def grpo_keys() -> set[str]:
@@ -268,7 +420,7 @@ def test_every_logged_metric_of_grpo_is_defined(planted, tmp_path):
     from planted import make_trainer
 
     # both kinds of ratio statistics: grpo's and cispo's
-    logged = logged_keys(make_trainer(tmp_path / "a", planted)) | logged_keys(
+    logged = logged_keys(make_trainer(tmp_path / "a", planted, **LEVELS)) | logged_keys(
         make_trainer(tmp_path / "b", planted, loss_type="cispo")
     )
     assert logged == grpo_keys()
@@ -278,7 +430,7 @@ def test_every_logged_metric_of_sft_is_defined(planted, tmp_path):
     from planted import make_selector
 
     args = SelectorSFTConfig(
-        str(tmp_path), num_train_epochs=1, logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+        str(tmp_path), num_train_epochs=1, logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, **LEVELS
     )
     trainer = SelectorSFTTrainer(make_selector(), args, planted.collator, planted.train, planted.validation)
     assert logged_keys(trainer) == documented_keys("sft_trainer.md")

@@ -16,7 +16,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +31,13 @@ TRAIN = ("--agreement_steps", "0", "--sft_epochs", "1", "--rce_epochs", "1", "--
 WHERE = """
 import lever_grpo
 print(lever_grpo.__version__, lever_grpo.__file__, lever_grpo.load_sample({task!r}).train, sep="\\n")
+"""
+PAGE = """
+import sys
+from gradio_client import Client
+from lever_grpo import load_sample
+query = load_sample({task!r}).load("heldout", shots=2)["query_id"][0]
+print(Client(sys.argv[1], verbose=False).predict(query, 2, api_name="/pick"))
 """
 PICKS = """
 import json, sys
@@ -65,15 +74,41 @@ def build_wheel(folder: Path) -> Path:
     return folder / "dist" / run([sys.executable, "-c", build], folder).strip().splitlines()[-1]
 
 
-def install(wheel: Path, environment: Path, python: str) -> None:
-    """Into a new environment, with all that the wheel requires; by uv where there is one."""
+def make_environment(environment: Path, python: str) -> None:
+    """An empty one, by uv where there is one."""
+    make = ["uv", "venv", "--python", python] if shutil.which("uv") else [python, "-m", "venv"]
+    run([*make, environment], environment.parent)
+
+
+def install(wheel: Path, environment: Path, extras: str = "") -> None:
+    """With all that the wheel and its extras (`"[demo]"`) require; by uv where there is one."""
     interpreter = environment / "bin" / "python"
-    if shutil.which("uv"):
-        run(["uv", "venv", "--python", python, environment], wheel.parent)
-        run(["uv", "pip", "install", "--python", interpreter, wheel], wheel.parent)
-    else:
-        run([python, "-m", "venv", environment], wheel.parent)
-        run([interpreter, "-m", "pip", "install", wheel], wheel.parent)
+    pip = ["uv", "pip"] if shutil.which("uv") else [interpreter, "-m", "pip"]
+    run([*pip, "install", *(["--python", interpreter] if pip[0] == "uv" else []), f"{wheel}{extras}"], wheel.parent)
+
+
+@contextlib.contextmanager
+def serve(command: Sequence[str | Path], cwd: Path, environment: dict[str, str]) -> Iterator[str]:
+    """The address that a command prints when it serves; it is ended at the end.
+
+    Raises:
+        RuntimeError: It printed none within five minutes.
+    """
+    process = subprocess.Popen(
+        [str(word) for word in command], cwd=cwd, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    clock = threading.Timer(300, process.kill)
+    clock.start()
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        if not address:
+            raise RuntimeError(f"{command[0]} printed no address and exited with {process.wait()}")
+        yield address
+    finally:
+        clock.cancel()
+        process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager
@@ -105,8 +140,8 @@ def try_wheel(folder: Path, python: str) -> None:
     with step("build the wheel from a copy"):
         wheel = build_wheel(folder / "build")
     with step(f"install {wheel.name} into an empty environment"):
-        install(wheel, folder / "environment", python)
-    shutil.rmtree(folder / "build")
+        make_environment(folder / "environment", python)
+        install(wheel, folder / "environment")
 
     interpreter, program = (folder / "environment" / "bin" / name for name in ("python", "lever-grpo"))
     with Hub() as hub:
@@ -125,6 +160,16 @@ def try_wheel(folder: Path, python: str) -> None:
             given = ["--task", TASK, *TRAIN, "--output_dir", "run", "--report_to", "none"]
             run([program, "train", *given], work, variables)
             expect((work / "run" / "report.json").is_file(), True, "run/report.json")
+        with step("lever-grpo demo, with the extra, answers to a browser and to a program"):
+            install(wheel, folder / "environment", "[demo]")
+            shutil.rmtree(folder / "build")
+            given = ["--task", TASK, "--sft", "run/sft", "--grpo", "run/grpo", "--ask", "false"]
+            with serve([program, "demo", *given], work, variables) as address:
+                with urllib.request.urlopen(address, timeout=60) as page:
+                    expect(page.status, 200, "status of the page")
+                shown = run([interpreter, "-c", PAGE.format(task=TASK), address], work, variables)
+                for method in ("random", "similarity", "sft", "grpo"):
+                    expect(f'data-method="{method}"' in shown, True, f"the picks of {method}")
         with step("nothing so far asked anything of a Hub"):
             expect(hub.requests, [], "requests")
         with step("lever-grpo push"):
@@ -139,8 +184,6 @@ def try_wheel(folder: Path, python: str) -> None:
             pulled = json.loads(run([interpreter, "-c", picks, REPOSITORY], folder / "elsewhere", elsewhere))
             expect(len(own) >= 50, True, "picks for at least 50 queries")
             expect(pulled, own, "picks")
-        with step("lever-grpo demo --help"):
-            expect("--selectors" in run([program, "demo", "--help"], work, variables), True, "--selectors in the help")
 
 
 if __name__ == "__main__":

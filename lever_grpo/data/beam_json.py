@@ -33,6 +33,11 @@ from .records import BeamDataError, Group, Options
 
 logger = logging.getLogger(__name__)
 
+# of a table in the Arrow file. Who looks at one column of a mapped file has a few pages of each table in memory, so
+# that small tables would make memory grow with the file
+TABLE_ROWS = 8192
+TABLE_BYTES = 1 << 23
+
 
 @dataclass
 class BeamJsonConfig(datasets.BuilderConfig):
@@ -92,6 +97,7 @@ class BeamJson(datasets.ArrowBasedBuilder):
 
     VERSION = datasets.Version("1.0.0")
     BUILDER_CONFIG_CLASS = BeamJsonConfig
+    DEFAULT_WRITER_BATCH_SIZE = TABLE_ROWS
     config: BeamJsonConfig
 
     warn_while_reading = False  # streams have no finished dataset to count warnings in
@@ -162,10 +168,14 @@ def _tables_of_file(file: str, options: Options, schema: pa.Schema) -> Iterator[
     def note_empty(group: Group) -> None:
         empty.append(str(group.query_id))
 
+    parts: list[pa.Table] = []
     for batch in batches(iter_texts(file)):
-        table = pa.concat_tables(read_tables(batch, file, settings, options, schema, note_empty))
-        if len(table):
-            yield table
+        parts += read_tables(batch, file, settings, options, schema, note_empty)
+        if sum(map(len, parts)) >= TABLE_ROWS or sum(table.nbytes for table in parts) >= TABLE_BYTES:
+            yield pa.concat_tables(parts)
+            parts = []
+    if any(map(len, parts)):
+        yield pa.concat_tables(parts)
     if empty:
         shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
         logger.warning("%s: %d queries have no usable sequence and give no group: %s", file, len(empty), shown)
@@ -308,8 +318,8 @@ def log_metadata(dataset: Any) -> dict[str, Any]:
 
 
 def _count_notes(table: Any) -> dict[str, int]:
-    columns = table.column("notes").combine_chunks().flatten()
-    return {name: pc.sum(column).as_py() or 0 for name, column in zip(NOTES, columns, strict=True)}
+    notes = table.column("notes")
+    return {name: pc.sum(pc.struct_field(notes, name)).as_py() or 0 for name in NOTES}
 
 
 def _warn_of_notes(file: str, notes: Mapping[str, int]) -> None:

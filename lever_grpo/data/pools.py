@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from .readers import iter_records
 from .records import BeamDataError, Group, Options, Where, as_id, as_ids
 
@@ -143,15 +141,9 @@ def read_external_ids(source: str | Path | Mapping[Any, Any]) -> dict[int, str]:
     where = Where("external_ids", "the dict")
     if not isinstance(source, Mapping):
         where = Where(str(source), "the object")
-        with open(source, "rb") as stream:
-            try:
-                source = orjson.loads(stream.read())
-            except orjson.JSONDecodeError as error:
-                raise BeamDataError(f"{where.file}: expected valid JSON, found {error}") from error
-    if not isinstance(source, Mapping):
-        raise BeamDataError(
-            f"{where.file}: external_ids: expected an object of row id to external id, found {type(source).__name__}"
-        )
+        source = {key: value for key, _, value in iter_records(str(source))}
+    if None in source:
+        raise BeamDataError(f"{where.file}: external_ids: expected an object of row id to external id, found records")
     return {_row(key, where): str(value) for key, value in source.items()}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, get_session
 
 from .. import __version__
 from .cards import FIGURES, LOG_FILE, REPORT_FILE, STAGES, selector_card
@@ -22,8 +22,15 @@ NEVER_SENT = ("training_args.bin",)
 _OF_A_REPORT = ("report.*", "results.json", "picks.json", "*.png")
 
 
+# seconds that a Hub may be silent within a request; the client itself would wait for ever
+SILENCE = 120.0
+
+
 def hub_api() -> HfApi:
-    """A client of the Hub at `HF_ENDPOINT` that says which library it serves."""
+    """A client of the Hub at `HF_ENDPOINT` that says which library it serves, and does not wait for ever."""
+    session = get_session()  # shared by all of `huggingface_hub`; a limit that somebody has set stays
+    if session.timeout.read is None:
+        session.timeout = SILENCE
     return HfApi(library_name="lever_grpo", library_version=__version__)
 
 

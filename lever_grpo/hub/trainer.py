@@ -48,9 +48,13 @@ class HubTrainer(Trainer):
 
     def init_hf_repo(self, token=None, private=None):
         try:
-            super().init_hf_repo(token, private)
+            self._make_repository(token, private)
         except Exception as error:
             self._warn_of(error)
+
+    def _make_repository(self, token: Any, private: Any) -> None:
+        hub_api()  # the base class asks by the same session
+        super().init_hf_repo(token, private)
 
     def _warn_of(self, error: BaseException) -> None:
         logger.warning(
@@ -132,7 +136,7 @@ class HubTrainer(Trainer):
             return None
         if self.hub_model_id is None:
             try:
-                super().init_hf_repo(token, private)
+                self._make_repository(token, private)
             except Exception as error:
                 self._say_how_to_push(error)
         self.create_model_card(**kwargs)

@@ -2,7 +2,7 @@
 
 Repositories live in memory, a tree of files for each commit. Large files go the way of Git LFS: a batch request, an
 upload that is checked against its SHA-256, a commit that names it, and downloads that redirect to another host. What
-writes is answered with 503 while `down` is set.
+writes can fail in the ways of `FAILURES`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ import yaml
 
 TOKEN = "hf_token_of_the_tests"
 USER = "me"
+# how what writes can fail, and where: where the client does not ask again for half a minute
+FAILURES = {
+    "down": "/repos/create$|/commit/",  # 503
+    "full": "/info/lfs/|^/lfs/",  # 403, as of an account without space left
+    "closed": "/preupload/",  # 403
+    "silent": "/repos/create$",  # no answer
+    "stuck": "/commit/",  # no answer
+}
 LARGE = (".safetensors", ".parquet", ".png", ".pt", ".pth", ".bin")
 
 
@@ -70,7 +78,8 @@ class Hub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.stored: dict[str, bytes] = {}  # large files by SHA-256
         self.requests: list[str] = []
-        self.down = False
+        self.failure: str | None = None
+        self.speaks = threading.Event()  # when a silent Hub says something again
         self.lock = threading.RLock()
         hub = self
 
@@ -136,13 +145,19 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.read_body()
         parts = urlsplit(self.path)
         self.route, self.query = unquote(parts.path), parse_qs(parts.query)
+        failure = self.hub.failure
+        failing = failure is not None and re.search(FAILURES[failure], self.route) is not None
+        if failing and failure in ("silent", "stuck"):
+            self.hub.speaks.wait()
+            self.close_connection = True
+            return
         with self.hub.lock:
             self.hub.requests.append(f"{self.command} {self.route}")
             try:
                 if self.route.startswith("/_test/"):
                     self.steer(self.route.removeprefix("/_test/"))
-                elif self.hub.down and re.search("/repos/create$|/commit/", self.route):
-                    raise Refusal(503, "the Hub is down")  # where the client does not ask again for half a minute
+                elif failing:
+                    raise Refusal(503 if failure == "down" else 403, f"the Hub is {failure}")
                 else:
                     self.answer()
             except Refusal as refusal:
@@ -174,8 +189,9 @@ class Handler(BaseHTTPRequestHandler):
     # ---- what tests ask for from inside the clients' processes ----
 
     def steer(self, what: str) -> None:
-        if what in ("down", "up"):
-            self.hub.down = what == "down"
+        if what in ("up", *FAILURES):
+            self.hub.failure = None if what == "up" else what
+            (self.hub.speaks.set if what == "up" else self.hub.speaks.clear)()
             self.reply(200, {})
         else:
             name = what.removeprefix("messages/")

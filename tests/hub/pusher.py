@@ -3,6 +3,7 @@
 Called with a JSON file of paths; prints what it saw as JSON, on the last line.
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -22,7 +23,7 @@ from transformers import AutoModel, TrainerCallback
 
 from lever_grpo.cli import main
 from lever_grpo.data import Example
-from lever_grpo.hub import push_log, push_report
+from lever_grpo.hub import fetch_run, push, push_log, push_report
 from lever_grpo.inference import choose
 from lever_grpo.pipeline import load_task, run
 
@@ -59,6 +60,12 @@ def train(files, output, repo_id, token=None, **recipe):
     return run(make_recipe(files, **recipe), args)
 
 
+def trained(folder, planted, **options):
+    trainer = make_trainer(folder, planted, **options)
+    trainer.train()
+    return trainer
+
+
 def weights_at(output: Path, selector: str) -> dict[str, torch.Tensor]:
     return weights_of(AutoModel.from_pretrained(output / selector))
 
@@ -91,6 +98,7 @@ def push_everything(paths: dict) -> dict:
     logging.getLogger("lever_grpo").addHandler(handler := logging.Handler())
     handler.emit = records.append
     seen: dict = {}
+    patience = push.SILENCE
 
     # the recipe, with the token in the arguments
     train(files, folder / "run", "me/selector", token=paths["token"])
@@ -151,6 +159,36 @@ def push_everything(paths: dict) -> dict:
     (folder / "plain" / "README.md").rmdir()
     trainer.push_to_hub("With a card", license="mit")
 
+    # the other strategies, each save a commit
+    start = len(records)
+    for strategy in ("every_save", "all_checkpoints"):
+        hub_options = {"push_to_hub": True, "hub_model_id": f"me/{strategy}", "hub_strategy": strategy}
+        trained(folder / strategy, planted, hub_always_push=True, **hub_options)
+    fetched = fetch_run("me/all_checkpoints", folder / "fetched")
+    seen["fetched"] = sorted(path.name for path in (fetched / "checkpoints" / "grpo").iterdir())
+    seen["said_of_strategies"] = said_since(records, start)
+
+    # other outages, the short patience for those alone that never answer
+    weights = weights_of(trained(folder / "alone", planted).model)
+    for failure in ("full", "closed", "silent", "stuck"):
+        start, before = len(records), time.monotonic()
+        steer(failure)
+        if failure in ("silent", "stuck"):
+            push.SILENCE = 1.0
+            huggingface_hub.close_session()
+        strategy = "end" if failure == "silent" else "every_save"
+        hub_options = {"push_to_hub": True, "hub_model_id": f"me/{failure}", "hub_strategy": strategy}
+        stranded = trained(folder / failure, planted, **hub_options)
+        seen[failure] = {
+            "pushed": stranded.push_to_hub(),
+            "seconds": time.monotonic() - before,
+            "said": said_since(records, start),
+            "same": same(weights_of(stranded.model), weights),
+        }
+        steer("up")
+        push.SILENCE = patience
+        huggingface_hub.close_session()
+
     # the model's own method, a log with pictures, and a report
     trainer.model.push_to_hub("me/by-the-model")
     log = folder / "log"
@@ -162,7 +200,9 @@ def push_everything(paths: dict) -> dict:
     }
     (log / "manifest.json").write_text(json.dumps(manifest))
     push_log(log, "me/log", rows=pictures(72), license="cc0-1.0")
-    seen["exit_of_log"] = main(["push", str(log), "me/bare-log"])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        seen["exit_of_log"] = main(["push", str(log), "me/bare-log", "--json"])
+    seen["json_of_log"] = json.loads(printed.getvalue())
     push_report(folder / "run", "me/selector")
     seen["exit_of_nothing"] = main(["push", str(folder), "me/nothing"])
     return seen

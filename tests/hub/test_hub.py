@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -80,6 +82,33 @@ def test_every_save_is_a_commit_and_the_end_is_the_run(pushed, hub):
     assert files["sft/model.safetensors"] == (run / "sft" / "model.safetensors").read_bytes()
 
 
+def weights_by_step(repository) -> dict[str, dict]:
+    return {message: repository.trees[oid] for oid, message in repository.commits if message.startswith("step ")}
+
+
+def test_every_save_without_checkpoints(pushed, hub):
+    trees = weights_by_step(hub.repositories["models", "me/every_save"])
+    assert list(trees) == ["step 0", "step 3", "step 6", "step 9"] and pushed["said_of_strategies"] == []
+    for step in (3, 6, 9):
+        own = pushed["folder"] / "every_save" / f"checkpoint-{step}" / "model.safetensors"
+        assert trees[f"step {step}"]["model.safetensors"].content == own.read_bytes()
+    assert len({tree["model.safetensors"].sha256 for tree in trees.values()}) == 4
+    assert not [path for tree in trees.values() for path in tree if "checkpoint" in path]
+
+
+def test_all_checkpoints_under_their_names(pushed, hub):
+    trees = weights_by_step(hub.repositories["models", "me/all_checkpoints"])
+    assert list(trees) == ["step 0", "step 3", "step 6", "step 9"]
+    for step in (3, 6, 9):
+        own = pushed["folder"] / "all_checkpoints" / f"checkpoint-{step}"
+        for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
+            there = f"checkpoint-{step}/{name}"
+            assert trees["step 9"][there].content == (own / name).read_bytes()
+            assert (there in trees["step 3"]) == (step == 3)
+    assert not [path for path in trees["step 9"] if path.startswith(("last-checkpoint", "best-checkpoint"))]
+    assert {"checkpoint-3", "checkpoint-6", "checkpoint-9"} <= set(pushed["fetched"])
+
+
 def test_no_token_leaves_the_machine(pushed, hub):
     """`hub_token` is among the arguments, which the trainer pickles beside its checkpoints."""
     pickles = list((pushed["folder"] / "run").rglob("training_args.bin"))
@@ -141,6 +170,36 @@ def test_an_outage_costs_nothing(pushed):
     assert "The push to the Hub FAILED" in at_the_end and "Nothing is lost" in at_the_end
     assert f"lever-grpo push {pushed['folder'] / 'on'} me/cut" in at_the_end
     assert pushed["exit_while_down"] == 2 and "lever-grpo: error: " in pushed["stderr"]
+
+
+@pytest.mark.parametrize(
+    "failure, words",
+    [
+        ("full", "the Hub is full"),  # no space left for large files
+        ("closed", "the Hub is closed"),  # files are refused before they are sent
+        ("silent", "timed out"),  # no answer, where the repository is made
+        ("stuck", "timed out"),  # no answer, where the commit is made
+    ],
+)
+def test_other_outages_cost_nothing(pushed, hub, failure, words):
+    seen = pushed[failure]
+    assert_nothing_lost(seen, words, f"lever-grpo push {pushed['folder'] / failure} me/{failure}")
+    made = hub.repositories.get(("models", f"me/{failure}"))
+    assert made is None if failure == "silent" else len(made.commits) == 1
+
+
+def assert_nothing_lost(seen, words, later):
+    assert seen["same"] and seen["pushed"] is None and seen["seconds"] < 60
+    assert all(words in text for text in seen["said"]), seen["said"]
+    assert later in seen["said"][-1]
+
+
+def test_a_hub_that_is_not_there_costs_nothing(tmp_path):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        address = SimpleNamespace(url=f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        seen = start_process("stranded.py", address, tmp_path / "home", {"folder": str(tmp_path)})
+    assert_nothing_lost(seen, "refused", f"lever-grpo push {tmp_path / 'gone'} me/gone")
 
 
 def test_a_run_is_pushed_later(pushed, pulled, hub):
@@ -212,4 +271,5 @@ def test_card_and_manifest_of_a_log(pushed, pulled, hub):
     named = {file["path"] for config in data["configs"] for file in config["data_files"]}
     assert named == {path for path in files if path.endswith(".parquet")}
     assert "| train | 24 |" in text and '"seed": 7' in text and str(pushed["folder"].parent) not in text
+    assert pushed["json_of_log"] == {"repo_id": "me/bare-log", "url": f"{hub.url}/datasets/me/bare-log"}
     assert pushed["exit_of_log"] == 0 and "rows/rows.parquet" not in hub.files("me/bare-log", "datasets")

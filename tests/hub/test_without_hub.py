@@ -6,10 +6,12 @@ import shutil
 
 import pytest
 from planted import make_selector
+from small_clip import make_clip, make_processor
 
 from lever_grpo import load_sample
 from lever_grpo.data import Example
 from lever_grpo.hub import fetch_run, push_folder, push_log, push_report, push_selector, selector_card
+from lever_grpo.models import ClipSelector
 
 
 @pytest.fixture
@@ -32,6 +34,15 @@ def test_snippet_of_a_selector_with_encoders(folder):
     encoder["text"]["kind"] = "image"
     (folder / "encoders.json").write_text(json.dumps(encoder))
     assert "embed(candidates)" in snippet_of(selector_card(folder, "me/x"))  # nobody has these images at hand
+
+
+@pytest.mark.parametrize("modalities", [["image", "text"], ["image"], ["text"]])
+def test_snippet_of_a_selector_that_sees_the_rows_runs(modalities, tmp_path, capsys):
+    ClipSelector.from_clip(make_clip(), modalities=modalities, hidden_dim=8).save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    exec(snippet_of(selector_card(tmp_path, str(tmp_path))), {})
+    shown = eval(capsys.readouterr().out)
+    assert len(shown) == len(set(shown)) == 2
 
 
 def test_encoders_of_the_sample_are_understood(folder):
