@@ -75,8 +75,10 @@ $(INSTALLED_FUZZ): $(INSTALLED)
 	$(PIP_INSTALL) atheris
 	@touch $@
 
+PARSERS := logs tasks vqa pools external_ids safetensors npy configs checkpoints checkpoints_safetensors
+
 fuzz: $(INSTALLED_FUZZ)  ## fuzz each parser for a minute, or SECONDS (Linux; findings in outputs/fuzz)
-	@set -e; for parser in logs tasks pools external_ids safetensors npy configs; do echo "== $$parser"; \
+	@set -e; for parser in $(PARSERS); do echo "== $$parser"; \
 		$(OFFLINE) $(ONE_THREAD) $(BIN)/python tests/hardening/fuzz_atheris.py $$parser \
 		-max_total_time=$(SECONDS) $(ARGS); done
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import tracemalloc
+from copy import deepcopy
 
 import orjson
 import pyarrow as pa
@@ -96,7 +97,7 @@ def spoil(rng, record, query_id):
     place = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
     trap = rng.choice(["replace", "query", "remove", "wrap", "copy", "add"])
     if trap == "replace":
-        holder[place] = rng.choice(BAD)
+        holder[place] = deepcopy(rng.choice(BAD))
     elif trap == "query":
         holder[place] = query_id
     elif trap == "remove":
@@ -105,16 +106,16 @@ def spoil(rng, record, query_id):
         holder[place] = [holder[place]]
     elif trap == "copy":
         other = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
-        holder[place] = holder[other]
+        holder[place] = deepcopy(holder[other])
     elif isinstance(holder, dict):
         name, value = rng.choice(
             [("eval_failed", True), ("eval_failed", False), ("note", "[["), ("note", [[1]]), ("gen_method", "x")]
             + [("survived", 1), ("query_id", 5), ("pool", [1, 2]), ("candidate_pool_ids", None), ("zero_shot", None)]
             + [("source", "é"), ("shot_scores", None), ("notes", {"marginal": True}), ("columns", None), ("_meta", {})]
         )
-        holder[name] = value
+        holder[name] = deepcopy(value)
     else:
-        holder.insert(place, holder[place])
+        holder.insert(place, deepcopy(holder[place]))
 
 
 def careful(texts, options, schema):

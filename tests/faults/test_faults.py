@@ -212,6 +212,11 @@ def test_when_one_process_dies_the_other_says_so_and_ends(start, undisturbed_two
     assert differences(tmp_path / "out", undisturbed_two[0]) == []
 
 
+def fork_loaders():
+    """As in a run of its own; a child of a server of forks would start another server, which imports everything."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
 def kill_loaders():
     """Those of the data, the only processes that a run starts; this one is at work until the signal comes."""
     for loader in multiprocessing.active_children():
@@ -220,12 +225,10 @@ def kill_loaders():
 
 
 def test_when_a_worker_of_the_data_loader_dies_the_run_says_so_and_ends(start, undisturbed, tmp_path):
-    # as in a run that was not started by a server of forks: else each worker imports everything anew
-    fork = partial(multiprocessing.set_start_method, "fork", force=True)
-    process = start(At("grpo", 4, kill_loaders), set_up=fork, dataloader_num_workers=1)
+    process = start(At("grpo", 4, kill_loaders), set_up=fork_loaders, dataloader_num_workers=1)
     assert end_of(process, 5 * MINUTE) == 1
     # torch's words, or those of the connection, if a batch was just being handed over
-    said = r"DataLoader worker \(pid \d+\) is killed by signal: Killed|ConnectionResetError"
+    said = r"DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)|ConnectionResetError"
     assert re.search(said, (tmp_path / "log.txt").read_text())
     folder = tmp_path / "out" / "checkpoints" / "grpo"
     assert last_checkpoint(folder) == str(folder / "checkpoint-3")
@@ -363,6 +366,25 @@ def assert_says_so_and_goes_on(start, tmp_path, stage, step, mend):
 def test_no_room_for_a_file(start, tmp_path):
     assert end_of(start(At("sft", 1, limit_files), **LARGER)) == 1
     assert_says_so_and_goes_on(start, tmp_path, "sft", 1, mend=lambda: None)
+
+
+class AtEnd(At):
+    """The same, behind the training of a stage."""
+
+    def on_step_end(self, *args, **kwargs):
+        pass
+
+    def on_train_end(self, *args, **kwargs):
+        super().on_step_end(*args, **kwargs)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of file sizes are POSIX")
+def test_no_room_for_a_selector(start, tmp_path):
+    assert end_of(start(AtEnd("sft", 3, limit_files), **LARGER)) == 1
+    words, folder = (tmp_path / "log.txt").read_text(), tmp_path / "out"
+    assert f"OSError: {folder / 'sft'} could not be written (" in words and "make room" in words
+    assert not (folder / "sft").exists() and not list(folder.glob(".*.partial"))
+    assert end_of(start(**LARGER)) == 0
 
 
 def test_a_full_disk(start, disk, tmp_path):

@@ -14,8 +14,9 @@ from pathlib import Path
 import atheris
 
 
-with atheris.instrument_imports(include=["lever_grpo.data", "lever_grpo.pipeline.parsing"]):
-    from lever_grpo.data import EmbeddingStore, load_examples
+with atheris.instrument_imports(include=["lever_grpo.data", "lever_grpo.pipeline.parsing", "lever_grpo.convert"]):
+    from lever_grpo.convert import read_checkpoint
+    from lever_grpo.data import EmbeddingStore, load_examples, load_vqa
     from lever_grpo.data.formats import parse_record
     from lever_grpo.data.groups import group_rows
     from lever_grpo.data.pools import PoolSource, read_external_ids
@@ -23,8 +24,8 @@ with atheris.instrument_imports(include=["lever_grpo.data", "lever_grpo.pipeline
     from lever_grpo.data.records import Options, Where
     from lever_grpo.pipeline.parsing import read_config
 
-from corpus import CONFIGS, EMBEDDINGS, LOGS, POOLS, TASKS
-from test_fuzz import LOGS as VALID
+from corpus import CHECKPOINTS, CONFIGS, EMBEDDINGS, LOGS, POOLS, QUESTION, TASKS, VQA, text
+from test_fuzz import LOGS as VALID_LOGS
 
 
 def read_log(path):
@@ -39,11 +40,19 @@ def read_log(path):
 PARSERS = {
     "logs": (read_log, "log.json", LOGS),
     "tasks": (load_examples, "task.jsonl", TASKS),
+    "vqa": (lambda path: load_vqa(path, path), "questions.json", VQA),
     "pools": (lambda path: PoolSource(path)(7), "pools.json", POOLS),
     "external_ids": (read_external_ids, "ids.json", POOLS),
     "safetensors": (EmbeddingStore.open, "e.safetensors", EMBEDDINGS),
     "npy": (EmbeddingStore.open, "e.npy", EMBEDDINGS),
     "configs": (read_config, "config.yaml", CONFIGS),
+    "checkpoints": (read_checkpoint, "a.ckpt", CHECKPOINTS),
+    "checkpoints_safetensors": (read_checkpoint, "a.safetensors", CHECKPOINTS),
+}
+
+VALID = {
+    "logs": VALID_LOGS,
+    "vqa": {"both": text({"questions": [QUESTION], "annotations": [{**QUESTION, "answers": [{"answer": "a dog"}]}]})},
 }
 
 
@@ -59,7 +68,7 @@ def main():
             path = seed.write(place)
             if path.is_file() and path.suffix == Path(file).suffix and path.stat().st_size < 4096:
                 (folder / "corpus" / seed.name).write_bytes(path.read_bytes())
-    for valid, content in VALID.items() if name == "logs" else ():
+    for valid, content in VALID.get(name, {}).items():
         (folder / "corpus" / valid).write_text(content)
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=memory) as place:
