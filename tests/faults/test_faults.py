@@ -397,13 +397,6 @@ def leave_no_room(folder):
     remount(folder, f"size={used + 16}k")
 
 
-def test_a_read_only_disk(disk, planted_files):
-    remount(disk, "ro")
-    words = parse(arguments(planted_files, disk / "new"), GroupBeamGRPOConfig)
-    with pytest.raises(OSError, match=f"Read-only file system: '{disk}"):
-        run(*words)
-
-
 def test_a_folder_that_cannot_be_made(planted_files, tmp_path):
     (tmp_path / "file").touch()
     words = parse(arguments(planted_files, tmp_path / "file" / "out"), GroupBeamGRPOConfig)
