@@ -3,10 +3,11 @@
     python recipes/ablate.py [--shots 1 2 3 4] [--seeds 3] [--jobs 2] [--output_dir outputs/ablation]
 
 On the task `supersense` of the sample. Its packaged logs hold one and two shots; for more, the frozen model first
-scores sequences of that length for some of the training and validation queries (`logs/` in the output folder). Every
-version is trained by SFT and GRPO on the same logs, from the same start (similarity; `no prior` from random weights),
-and the model then answers held-out queries with what each chose. What is complete is not repeated, what was cut off
-goes on. Ends with `docs/ablation.md`.
+scores sequences of that length for some of the training and validation queries (`logs/` in the output folder), those
+that the untrained start samples among them, and in training it scores what validation queries are given
+(`--score_picks`). Every version is trained by SFT and GRPO on the same logs, from the same start (similarity; `no
+prior` from random weights), and the model then answers held-out queries with what each chose. What is complete is not
+repeated, what was cut off goes on. Ends with `docs/ablation.md`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +43,24 @@ from lever_grpo.data import DataCollatorForRawBeams, sample_examples
 from lever_grpo.data.sample import SampleTask
 from lever_grpo.inference.answering import read_answers
 from lever_grpo.inference.choices import POOL_INPUTS, policy_inputs
-from lever_grpo.metrics import Interval, mean_interval, paired_interval
+from lever_grpo.metrics import mean_interval, paired_interval
 from lever_grpo.models import ClipSelector, load_selector
-from lever_grpo.pipeline import RecipeArguments, load_task, parse, train
+from lever_grpo.pipeline import RecipeArguments, build_selector, load_task, parse, train
 from lever_grpo.pipeline.evaluate import evaluate, parse_evaluate
 from lever_grpo.pipeline.generate import GenerateArguments, generate
+from lever_grpo.pipeline.stages import save_selector
 
 
 HERE = Path(__file__).resolve().parent
 TASK = "supersense"
 MODEL = yaml.safe_load((HERE / f"evaluate_{TASK}.yaml").read_text())
 MODEL_KEYS = ("task", "scorer", "dtype", "question_template", "answer_template", "stop", "separator", "answers")
-REFERENCE = "v2"
+REFERENCE, ORIGINAL = "v2", "v2, no prior"
+VALIDATION = 200  # queries, whose picks the model scores
+CONTRAST = 16  # sequences a training query, beside those of the search: at random, and as many of the start's policy
 # what differs from `recipes/okvqa_v3.yaml`: a network on the similarity prior, trained on the log's scores alone
 COMMON = ["--hidden_dim", "64", "--agreement_steps", "0", "--sft_num_beams", "3", "--learning_rate", "5e-4"]
+COMMON += ["--grpo_epochs", "6"]
 VERSIONS: dict[str, dict[str, Any]] = {
     "prior alone": {"preset": "prior"},
     "v0": {"preset": "v0"},
@@ -85,16 +90,18 @@ NOTES = """\
 Each version of the selector, with the options of its decoder, trained by SFT and then GRPO on the same logs of the
 task `supersense`, and judged by what SmolLM2-135M-Instruct answers to {queries} held-out queries with its choices,
 over {seeds} training seeds: the log-probability of the right answer, with its 95 % interval over queries. The last
-column is the difference of the GRPO selector to that of v2, query by query. All were trained on {logged} queries;
-for three and four shots a fresh log was made, with a beam of one and 24 random sequences a query. Latency is that
-of one query alone, from a pool of 16 on one core, its embeddings given; that of `v2_lora` with the pass of its
-encoders over the texts.
+two columns are differences of the GRPO selector, query by query: to its own start, and to the GRPO selector of v2.
+All were trained on {logged} queries. For three and four shots a fresh log was made: a beam of one, and {contrast}
+random sequences a query and {contrast} that the untrained prior samples; checkpoints are chosen by what the model
+says of the picks for {validation} validation queries (`--score_picks`). Latency is that of one query alone, from a
+pool of 16 on one core, its embeddings given; that of `v2_lora` with the pass of its encoders over the texts.
 
 All start from the similarity prior, but for `v2, no prior`, the two networks of Lever-Plus (which have none) and
 `v2_lora`. `v3` is the network of `v2` after post-training: its row repeats that of `v2`. `v2, STOP` is trained on
 all lengths up to the number of shots, and may show fewer. There is no trained CLIP among the packages, so that of
 `v2_lora` has random weights and reads bytes: its row shows that the version goes the whole way and what it costs,
-not what a trained CLIP would give. `python recipes/ablate.py` makes this page.
+not what a trained CLIP would give. [What we learned](lessons.md) says what follows. `python recipes/ablate.py` makes
+this page.
 """
 
 
@@ -105,25 +112,39 @@ def sequences_log(split: str, shots: int, queries: int, output: Path) -> Path:
         return sample.splits[split]
     folder = output / "logs" / f"{split}-{shots}"
     groups = sample.load(split)
-    size = queries if split == "train" else queries // 4
-    chosen = np.sort(np.random.default_rng(0).permutation(len(groups))[:size])
+    contrast: dict[str, Any] = {}
+    size = VALIDATION
+    if split == "train":
+        size = queries
+        contrast = {"random_sequences": CONTRAST, "selector_sequences": CONTRAST, "selector": str(output / "start")}
+    groups = groups.select(np.sort(np.random.default_rng(0).permutation(len(groups))[:size]))
     pools = folder / "given_pools.jsonl"
     with atomic_file(pools) as stream:
-        for row in groups.select(chosen):
+        for row in groups:
             stream.write(orjson.dumps({"query_id": row["query_id"], "candidate_ids": row["candidate_ids"]}) + b"\n")
     log = generate(
         GenerateArguments(
             **{name: MODEL[name] for name in MODEL_KEYS},
             candidate_pools=str(pools),
-            query_ids=[groups[i]["query_id"] for i in chosen.tolist()],
+            query_ids=list(groups["query_id"]),
             num_shots=shots,
             beam_size=1,
-            random_sequences=24,
             score="log_prob",
             output_dir=str(folder),
+            cache_dir=str(output / "cache"),
+            **contrast,
         )
     )
     return Path(log)
+
+
+def make_start(folder: Path) -> None:
+    """The similarity prior, untrained: the policy that all but the versions without it start from."""
+    if not folder.exists():
+        options = ["--config", str(HERE / "okvqa_v3.yaml"), "--task", TASK]
+        recipe, _ = parse([*options, "--output_dir", str(folder)], GroupBeamGRPOConfig)
+        data = load_task(recipe)
+        save_selector(build_selector(recipe, data.collator), folder, data)
 
 
 def data_options(sample: SampleTask, shots: int, queries: int, output: Path) -> list[str]:
@@ -136,7 +157,7 @@ def data_options(sample: SampleTask, shots: int, queries: int, output: Path) -> 
         # nothing is reported on by the recipe; the held-out queries are judged by the model itself
         *("--heldout_data", str(logs["validation"]), "--embeddings", str(sample.folder / "embeddings.safetensors")),
         *("--query_features", *sample.query_features, "--candidate_features", *sample.candidate_features),
-        *("--similarity_features", *sample.similarity_features, "--num_shots", str(shots)),
+        *("--similarity_features", *sample.similarity_features, "--num_shots", str(shots), "--score_picks", "true"),
     ]
 
 
@@ -186,9 +207,12 @@ def arguments_of(
 
 
 def run_one(version: str, shots: int, seed: int, queries: int, output: Path) -> None:
-    """Trains a version; ends with the selectors `sft` and `grpo` in its folder."""
-    recipe, args = arguments_of(version, shots, seed, queries, output)
-    train(recipe, args, load_task(recipe, seed), Path(str(args.output_dir)))
+    """Trains a version; ends with the selectors `sft` and `grpo` in its folder. What it prints goes to a log."""
+    log = output / "logs" / f"{key('', version).strip('_')}-{shots}-{seed}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as stream, redirect_stdout(stream), redirect_stderr(stream):
+        recipe, args = arguments_of(version, shots, seed, queries, output)
+        train(recipe, args, load_task(recipe, seed), Path(str(args.output_dir)))
 
 
 def place(output: Path, version: str, shots: int, seed: int) -> Path:
@@ -255,47 +279,43 @@ def table(versions: list[str], shots: int, seeds: int, heldout: int, output: Pat
     worth = {name: values[:, known] for name, values in worth.items()}
     lines = [f"## {shots} shot{'s' * (shots > 1)}", ""]
     lines += [
-        "| selector | parameters | ms | SFT | GRPO | GRPO − GRPO of v2 |",
-        "| --- | --: | --: | --- | --- | --- |",
+        "| selector | parameters | ms | SFT | GRPO | GRPO − its SFT | GRPO − GRPO of v2 |",
+        "| --- | --: | --: | --- | --- | --- | --- |",
     ]
     for name in ("random", "similarity", "mmr"):
         if name in worth:
-            lines.append(f"| {name} | | | {interval(mean_interval(worth[name].mean(0)))} | | |")
-    differences = {}
+            lines.append(f"| {name} | | | {interval(mean_interval(worth[name].mean(0)))} | | | |")
+    grpo = {version: worth[key("grpo", version)] for version in versions}
     for version in versions:
         parameters, latency = size_and_latency(place(output, version, shots, 0) / "grpo")
-        sft, grpo = (worth[key(stage, version)] for stage in ("sft", "grpo"))
-        beside = ""
-        if version != REFERENCE and REFERENCE in versions:
-            differences[version] = paired_interval(grpo, worth[key("grpo", REFERENCE)])
-            beside = interval(differences[version], signed=True)
-        cells = [
-            version,
-            f"{parameters:,}",
-            f"{latency:.1f}",
-            interval(mean_interval(sft)),
-            interval(mean_interval(grpo)),
-        ]
-        lines.append(f"| {' | '.join([*cells, beside])} |")
-    if differences:
-        lines += ["", verdict(differences)]
+        sft = worth[key("sft", version)]
+        cells = [version, f"{parameters:,}", f"{latency:.1f}"]
+        cells += [interval(mean_interval(sft)), interval(mean_interval(grpo[version]))]
+        cells.append(interval(paired_interval(grpo[version], sft), signed=True))
+        known = version != REFERENCE and REFERENCE in versions
+        cells.append(interval(paired_interval(grpo[version], grpo[REFERENCE]), signed=True) if known else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(verdict(grpo, reference) for reference in (REFERENCE, ORIGINAL) if reference in versions)]
     return "\n".join(lines) + "\n"
 
 
-def verdict(differences: dict[str, Interval]) -> str:
-    """What the intervals of the differences to the reference say."""
+def verdict(grpo: dict[str, NDArray[np.float64]], reference: str) -> str:
+    """What the intervals of the differences to a version say."""
+    others = [version for version in grpo if version != reference]
+    differences = {version: paired_interval(grpo[version], grpo[reference]) for version in others}
     sides = {
         "above": [version for version, of in differences.items() if of.ci_low > 0],
         "below": [version for version, of in differences.items() if of.ci_high < 0],
     }
     said = [
-        f"{side.capitalize()} {REFERENCE} with certainty: {'; '.join(found)}."
+        f"{side.capitalize()} `{reference}` with certainty: "
+        + "; ".join(f"{version} ({interval(differences[version], signed=True)})" for version in found)
+        + "."
         if found
-        else f"No version is {side} {REFERENCE} with certainty."
+        else f"No version is {side} `{reference}` with certainty."
         for side, found in sides.items()
     ]
-    count = f"({len(differences)} intervals, not corrected for their number.)"
-    return " ".join([*said, count, "[What we learned](lessons.md) says why."])
+    return f"* {' '.join(said)} ({len(differences)} intervals, not corrected for their number.)"
 
 
 def interval(of: Any, signed: bool = False) -> str:
@@ -309,41 +329,31 @@ def main() -> None:
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--queries", type=int, default=400, help="training queries that are scored at 3 shots and more"
+        "--queries", type=int, default=600, help="training queries of a version, scored anew at 3 shots and more"
     )
     parser.add_argument("--heldout", type=int, default=250, help="held-out queries that the model answers")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time, one core each")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"))
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of the page")
-    parser.add_argument("--one", nargs=3, metavar=("VERSION", "SHOTS", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     output = arguments.output_dir
-    if arguments.one:
-        version, shots, seed = arguments.one
-        run_one(version, int(shots), int(seed), arguments.queries, output)
-        return
     make_clip(output / "clip")
+    make_start(output / "start")
     for shots in arguments.shots:  # all cores for the frozen model, before the trainings share them
         for split in ("train", "validation"):
             sequences_log(split, shots, arguments.queries, output)
 
-    def launch(job: tuple[str, int, int]) -> None:
-        command = [sys.executable, __file__, "--output_dir", str(output), "--queries", str(arguments.queries), "--one"]
-        log = output / "logs" / f"{'-'.join(map(str, job)).replace(' ', '_')}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w") as stream:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run([*command, *map(str, job)], stdout=stream, stderr=stream, env=environment)
-        print(f"{job}: {'done' if done.returncode == 0 else f'failed, see {log}'}", flush=True)
-        if done.returncode:
-            raise RuntimeError(f"{job} failed, see {log}")
-
     seeds = range(arguments.seeds)
     jobs = [(version, shots, seed) for shots in arguments.shots for version in arguments.versions for seed in seeds]
     jobs = [job for job in jobs if not (place(output, *job) / "grpo").exists()]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(launch, jobs))
-    parts = [NOTES.format(queries=arguments.heldout, seeds=arguments.seeds, logged=arguments.queries)]
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come; this one has its threads already
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(run_one, *job, arguments.queries, output) for job in jobs]
+        for job, future in zip(jobs, running, strict=True):
+            future.result()
+            print(f"{job}: done", flush=True)
+    numbers = {"contrast": CONTRAST, "validation": VALIDATION, "logged": arguments.queries}
+    parts = [NOTES.format(queries=arguments.heldout, seeds=arguments.seeds, **numbers)]
     parts += [
         table(arguments.versions, shots, arguments.seeds, arguments.heldout, output) for shots in arguments.shots
     ]

@@ -79,6 +79,30 @@ def to_dataset(rows: list[dict[str, Any]]) -> Dataset:
     return Dataset.from_list(rows, features=FEATURES)
 
 
+class PlantedScorer:
+    """A frozen model to which a sequence is worth what the planted direction says."""
+
+    def __init__(self, embeddings: np.ndarray):
+        self.embeddings = embeddings
+
+    def score(self, prompts):
+        # left construction: in the prompt, what was found last stands first
+        found = ([shot.id for shot in reversed(prompt.demonstrations)] for prompt in prompts)
+        return [np.array([score_of(self.embeddings, ids)]) for ids in found]
+
+    def describe(self) -> dict[str, str]:
+        return {"backend": "planted"}
+
+
+def planted_task(folder: Path, data: "Planted") -> dict[str, Any]:
+    """Writes rows and embeddings; gives the arguments of `GenerateArguments` that search them at random."""
+    np.save(folder / "text.npy", data.embeddings)
+    rows = [{"id": i, "question": f"thing {i}?", "answers": [f"{i}"]} for i in range(ROWS)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"task_file": str(folder / "rows.jsonl"), "embeddings": str(folder / "text.npy")}
+    return {**files, "sampler": "random", "pool_size": POOL, "disable_tqdm": True}
+
+
 class Planted:
     """Training groups of 6 sequences, and validation queries with every sequence scored."""
 

@@ -1,31 +1,14 @@
 """A log is made, a selector learns from it, and what it then proposes goes, scored, into the next log."""
 
-import json
-
 import numpy as np
 import pytest
-from planted import POOL, ROWS, TRAIN, Planted, make_selector, make_trainer, score_of
+from planted import TRAIN, Planted, PlantedScorer, make_selector, make_trainer, planted_task
 from transformers import PrinterCallback
 
 from lever_grpo import SelectorSFTConfig, SelectorSFTTrainer
 from lever_grpo.data import load_beams
 from lever_grpo.models import load_selector
 from lever_grpo.pipeline.generate import GenerateArguments, generate
-
-
-class PlantedScorer:
-    """A frozen model to which a sequence is worth what the planted direction says."""
-
-    def __init__(self, embeddings):
-        self.embeddings = embeddings
-
-    def score(self, prompts):
-        # left construction: in the prompt, what was found last stands first
-        found = ([shot.id for shot in reversed(prompt.demonstrations)] for prompt in prompts)
-        return [np.array([score_of(self.embeddings, ids)]) for ids in found]
-
-    def describe(self):
-        return {"backend": "planted"}
 
 
 def greedy_reward(folder, planted, model):
@@ -40,15 +23,12 @@ def scores_by_source(log, source):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_training_is_iterated_on_what_the_policy_proposes(tmp_path, seed):
     planted = Planted(seed)
-    np.save(tmp_path / "text.npy", planted.embeddings)
-    rows = [{"id": i, "question": f"thing {i}?", "answers": [f"{i}"]} for i in range(ROWS)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = planted_task(tmp_path, planted)
 
     def make_log(name, **options):
         arguments = GenerateArguments(
-            task_file=str(tmp_path / "rows.jsonl"), embeddings=str(tmp_path / "text.npy"), sampler="random",
-            pool_size=POOL, query_ids=list(range(TRAIN)), score="log_prob", beam_size=1, random_sequences=4,
-            seed=seed, output_dir=str(tmp_path / name), disable_tqdm=True, **options,
+            **task, query_ids=list(range(TRAIN)), score="log_prob", beam_size=1, random_sequences=4,
+            seed=seed, output_dir=str(tmp_path / name), **options,
         )  # fmt: skip
         return generate(arguments, PlantedScorer(planted.embeddings))
 

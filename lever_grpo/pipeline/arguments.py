@@ -48,6 +48,10 @@ class RecipeArguments:
             the two sides share. `similarity_all` takes all that they share in any case.
         num_shots (`int`, *optional*, defaults to `2`):
             Length of the sequences that are learned and chosen.
+        score_picks (`bool`, *optional*, defaults to `False`):
+            Whether the frozen model is asked about greedy picks on validation queries that their log does not hold, so
+            that checkpoints are chosen by what they pick where not every sequence was scored (three demonstrations
+            and more). The model is the one of the `manifest.json` beside that log; see [`PickScorer`].
         max_group_size (`int`, *optional*):
             Sequences kept per group: all survivors, and others evenly spaced by score. `None` keeps everything.
         max_samples (`int`, *optional*):
@@ -100,6 +104,10 @@ class RecipeArguments:
     num_shots: int = field(default=2, metadata={"help": "Length of the sequences."})
     min_shots: int | None = field(
         default=None, metadata={"help": "Shortest sequences to train on, for a selector that may stop."}
+    )
+    score_picks: bool = field(
+        default=False,
+        metadata={"help": "Whether the log's frozen model scores validation picks that the log does not hold."},
     )
     max_group_size: int | None = field(default=None, metadata={"help": "Sequences kept per group; default all."})
     max_samples: int | None = field(default=None, metadata={"help": "Training queries to use; default all."})

@@ -127,7 +127,12 @@ def validation_reward(args: GroupBeamGRPOConfig, data: TaskData, selector: Selec
         options = copy.copy(args)
         options.output_dir, options.report_to, options.push_to_hub = folder, [], False
         trainer = GroupBeamGRPOTrainer(
-            copy.deepcopy(selector), options, data.policy_collator, data.train, data.validation
+            copy.deepcopy(selector),
+            options,
+            data.policy_collator,
+            data.train,
+            data.validation,
+            score_picks=data.pick_scorer,
         )
         return trainer.evaluate()[f"eval_{str(trainer.args.metric_for_best_model).removeprefix('eval_')}"]
 
@@ -152,7 +157,9 @@ def sft_config(recipe: RecipeArguments, args: GroupBeamGRPOConfig) -> SelectorSF
 def train_sft(args: SelectorSFTConfig, data: TaskData, selector: SelectorModel, folder: Path) -> SelectorSFTTrainer:
     """Runs the supervised stage; its checkpoints go to `folder`."""
     options = _stage_options(args, folder)
-    trainer = SelectorSFTTrainer(selector, options, data.policy_collator, data.train, data.validation)
+    trainer = SelectorSFTTrainer(
+        selector, options, data.policy_collator, data.train, data.validation, score_picks=data.pick_scorer
+    )
     _train(trainer, folder)
     return trainer
 
@@ -163,7 +170,13 @@ def post_train(
     """Runs RCE and GRPO; checkpoints go to `folder`."""
     options = _stage_options(args, folder)
     trainer = GroupBeamGRPOTrainer(
-        selector, options, data.policy_collator, data.train, data.validation, row_texts=data.row_texts
+        selector,
+        options,
+        data.policy_collator,
+        data.train,
+        data.validation,
+        row_texts=data.row_texts,
+        score_picks=data.pick_scorer,
     )
     output = Path(str(args.output_dir))
     # what a run that goes on from the Hub needs beside the checkpoint: the stages before, and how rows are embedded
@@ -234,6 +247,8 @@ def train(
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Runs the stages that have not been run yet; gives the folder of each selector, and the joined log."""
     checkpoints = output / "checkpoints"
+    if data.pick_scorer is not None:
+        data.pick_scorer.keep_in(checkpoints / "picks")
     selectors = {"sft": recipe.sft_ckpt or str(output / "sft")}
     history: list[dict[str, Any]] = []
     if recipe.sft_ckpt is None:
@@ -262,6 +277,8 @@ def start_with_sft(
 ) -> list[dict[str, Any]]:
     """Trains the supervised selector into `output/sft`, unless it is there; gives its log."""
     folder = output / "checkpoints" / "sft"
+    if data.pick_scorer is not None:
+        data.pick_scorer.keep_in(folder.with_name("picks"))
     if not (output / "sft").exists():
         set_seed(args.seed)
         trainer = train_sft(args, data, build_selector(recipe, data.policy_collator), folder)

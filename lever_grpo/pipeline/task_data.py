@@ -31,6 +31,7 @@ from ..models import PRESETS, ClipSelector
 from ..search.features import ENCODERS_FILE, MAPS_FILE
 from .arguments import RecipeArguments
 from .evaluate_arguments import EvaluateArguments
+from .pick_scorer import PickScorer
 
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class TaskData:
             Files that say how the embeddings are made of rows, which go with every selector.
         row_texts (`dict[int, str]`):
             Question and answer of each row, where the rows are known.
+        pick_scorer ([`PickScorer`], *optional*):
+            Scores validation picks that their log does not hold, with `score_picks`.
     """
 
     name: str
@@ -76,6 +79,7 @@ class TaskData:
     notes: list[str] = field(default_factory=list)
     encoders: list[Path] = field(default_factory=list)
     row_texts: dict[int, str] = field(default_factory=dict)
+    pick_scorer: PickScorer | None = None
 
 
 def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
@@ -142,6 +146,12 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
     folder = place if place.is_dir() else place.parent
     encoders = [path for name in (ENCODERS_FILE, MAPS_FILE) if (path := folder / name).exists()]
     rows = _rows(recipe, sample)
+    pick_scorer = None
+    if recipe.score_picks:
+        log = paths.get("validation", paths["train"])
+        validation = held_back["validation"]
+        pools = dict(zip(validation["query_id"], validation["candidate_ids"], strict=True))
+        pick_scorer = PickScorer(log if isinstance(log, str | Path) else log[0], pools)
     return TaskData(
         name,
         train,
@@ -155,6 +165,7 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
         notes,
         encoders,
         {row.id: f"{row.question} {row.answers[0]}" for row in rows},
+        pick_scorer,
     )
 
 

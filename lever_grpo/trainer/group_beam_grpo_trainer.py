@@ -62,6 +62,10 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             Trains an adapter instead of the whole selector.
         row_texts (`dict[int, str]`, *optional*):
             What rows say, by row id, for the table of `log_groups`, which has their ids without it.
+        score_picks (`Callable`, *optional*):
+            Scores greedy picks that the evaluation log does not hold: query ids and their pool positions, in search
+            order, → scores in the log's units, NaN where there is none. With it checkpoints are chosen by the reward
+            of the greedy pick also where not every sequence was scored, as with three demonstrations or more.
         **kwargs:
             Passed to [`~transformers.Trainer`].
 

@@ -38,7 +38,8 @@ class SelectorTrainingArguments(TrainingArguments):
     `per_device_eval_batch_size` 32 (queries), `logging_steps` 10, `eval_strategy` and `save_strategy` `"epoch"`,
     `load_best_model_at_end`, `eval_on_start` (the start is the first candidate for the best checkpoint) and
     `weight_decay` 0.01. `metric_for_best_model` is chosen from the held-out log when it is left out: the reward of the
-    greedy pick where every sequence of every held-out query was scored, else the expected reward.
+    greedy pick where every sequence of every held-out query was scored or the trainer is given `score_picks`, else the
+    expected reward.
     """
 
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Queries (groups) per device and step."})

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from .selector_config import SelectorTrainingArguments
 
 
 logger = logging.getLogger(__name__)
+
+# query ids and, for each, pool positions in search order -> scores in the log's units, NaN where there is none
+ScorePicks = Callable[[Sequence[int], Sequence[Sequence[int]]], Sequence[float]]
 
 
 class SelectorTrainer(HubTrainer):
@@ -54,8 +58,14 @@ class SelectorTrainer(HubTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         peft_config: Any = None,
+        score_picks: ScorePicks | None = None,
         **kwargs,
     ):
+        if score_picks is not None and (args.reward_weights or {"beam": 1.0}, args.reward) != ({"beam": 1.0}, "score"):
+            raise ValueError(
+                f"score_picks gives the score of a log, and the reward is another one (reward={args.reward!r}, "
+                f"reward_weights={args.reward_weights}); leave these at their defaults, or score_picks out."
+            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {args.n_gpu} GPUs and would split batches over them, but the queries of a batch "
@@ -73,7 +83,9 @@ class SelectorTrainer(HubTrainer):
                     module.p = 0.0
         if args.metric_for_best_model is None and eval_dataset is not None:
             may_stop = getattr(model.config, "stop", False)
-            complete = not isinstance(eval_dataset, dict) and fully_scored(eval_dataset, any_length=may_stop)
+            complete = score_picks is not None or (
+                not isinstance(eval_dataset, dict) and fully_scored(eval_dataset, any_length=may_stop)
+            )
             args.metric_for_best_model = "eval_greedy_reward" if complete else "eval_expected_reward"
             args.greater_is_better = True
         super().__init__(
@@ -86,6 +98,7 @@ class SelectorTrainer(HubTrainer):
             **kwargs,
         )
         self.label_names = []
+        self.score_picks = score_picks
         # sums and counts since the last log, already gathered: they travel with the checkpoint
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, float] = defaultdict(float)
@@ -290,16 +303,27 @@ class SelectorTrainer(HubTrainer):
         group = [x.double().cpu().numpy() for x in (sequence_log_probs, rewards)] + [mask.cpu().numpy()]
         logged = torch.where(sequence_mask, inputs["sequences"], -1)  # (B, G, S)
         same = (logged == picks.unsqueeze(1)).all(-1) & mask  # (B, G)
+        found = same.any(-1)  # (B,)
         greedy = rewards.gather(1, same.float().argmax(-1, keepdim=True)).squeeze(1)  # (B,)
+        greedy = torch.where(found, greedy, self._scores_of(inputs["query_ids"], picks, ~found & mask.any(-1)))
         entropy = step_entropy(output.step_log_probs, sequence_mask=step_mask)  # (B, G, T)
         return {
             "reward": masked_mean(rewards, mask),
             "expected_reward": torch.from_numpy(expected_reward(*group)).to(rewards),
-            "greedy_reward": torch.where(same.any(-1), greedy, math.nan),
-            "greedy_found": same.any(-1).float(),
+            "greedy_reward": greedy,
+            "greedy_found": found.float(),
             "rank_correlation": torch.from_numpy(rank_correlations(*group)).to(rewards),
             "entropy": masked_mean(entropy.flatten(1), step_mask.flatten(1)),
         }
+
+    def _scores_of(self, query_ids: Tensor, picks: Tensor, asked: Tensor) -> Tensor:
+        """Scores (B,) of the picks (B, S) that are `asked` (B,), by `score_picks`; NaN elsewhere."""
+        scores = torch.full(asked.shape, math.nan, dtype=torch.float32, device=asked.device)
+        if self.score_picks is not None and asked.any():
+            sequences = [[position for position in row if position >= 0] for row in picks[asked].tolist()]
+            found = self.score_picks(query_ids[asked].tolist(), sequences)
+            scores[asked] = torch.tensor(found, dtype=torch.float32, device=asked.device)
+        return scores
 
     def greedy_picks(self, selector: Any, inputs: dict[str, Any]) -> Tensor:
         """Greedy sequences (B, S) as long as the longest of each group; -1 behind their end."""

@@ -57,6 +57,8 @@ class SelectorSFTTrainer(SelectorTrainer):
             Rows of [`load_beams`].
         peft_config (`peft.PeftConfig`, *optional*):
             Trains an adapter instead of the whole selector.
+        score_picks (`Callable`, *optional*):
+            As in [`GroupBeamGRPOTrainer`].
         **kwargs:
             Passed to [`~transformers.Trainer`].
     """
