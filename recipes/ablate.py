@@ -272,9 +272,8 @@ def size_and_latency(folder: Path) -> tuple[int, float]:
     return sum(p.numel() for p in selector.parameters()), 1e3 * float(np.median(times[10:]))
 
 
-def table(versions: list[str], shots: int, seeds: int, heldout: int, output: Path) -> str:
-    """A section of the page."""
-    worth = judge(versions, shots, seeds, heldout, output)
+def table(versions: list[str], shots: int, worth: dict[str, NDArray[np.float64]], output: Path) -> str:
+    """A section of the page, of what `judge` found."""
     known = np.isfinite(np.concatenate(list(worth.values()))).all(axis=0)
     worth = {name: values[:, known] for name, values in worth.items()}
     lines = [f"## {shots} shot{'s' * (shots > 1)}", ""]
@@ -331,7 +330,7 @@ def main() -> None:
     parser.add_argument(
         "--queries", type=int, default=600, help="training queries of a version, scored anew at 3 shots and more"
     )
-    parser.add_argument("--heldout", type=int, default=250, help="held-out queries that the model answers")
+    parser.add_argument("--heldout", type=int, default=500, help="held-out queries that the model answers")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time, one core each")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"))
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of the page")
@@ -339,23 +338,25 @@ def main() -> None:
     output = arguments.output_dir
     make_clip(output / "clip")
     make_start(output / "start")
-    for shots in arguments.shots:  # all cores for the frozen model, before the trainings share them
-        for split in ("train", "validation"):
-            sequences_log(split, shots, arguments.queries, output)
-
     seeds = range(arguments.seeds)
+    logs = [(split, shots) for split in ("train", "validation") for shots in sorted(arguments.shots, reverse=True)]
     jobs = [(version, shots, seed) for shots in arguments.shots for version in arguments.versions for seed in seeds]
     jobs = [job for job in jobs if not (place(output, *job) / "grpo").exists()]
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come; this one has its threads already
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        for made in [pool.submit(sequences_log, *log, arguments.queries, output) for log in logs]:
+            made.result()
         running = [pool.submit(run_one, *job, arguments.queries, output) for job in jobs]
         for job, future in zip(jobs, running, strict=True):
             future.result()
             print(f"{job}: done", flush=True)
+        about = (arguments.seeds, arguments.heldout, output)
+        judged = [pool.submit(judge, arguments.versions, shots, *about) for shots in arguments.shots]
+        worth = [future.result() for future in judged]
     numbers = {"contrast": CONTRAST, "validation": VALIDATION, "logged": arguments.queries}
     parts = [NOTES.format(queries=arguments.heldout, seeds=arguments.seeds, **numbers)]
     parts += [
-        table(arguments.versions, shots, arguments.seeds, arguments.heldout, output) for shots in arguments.shots
+        table(arguments.versions, shots, found, output) for shots, found in zip(arguments.shots, worth, strict=True)
     ]
     with atomic_file(arguments.docs / "ablation.md") as stream:
         stream.write("\n".join(parts).encode())

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from transformers import AutoProcessor
@@ -18,7 +20,6 @@ from lever_grpo import (
     load_sample,
 )
 from lever_grpo.data import DataCollatorForRawBeams, load_examples
-from lever_grpo.metrics import Interval
 from lever_grpo.models import PRESETS
 from lever_grpo.pipeline import parse
 from lever_grpo.pipeline.stages import build_selector
@@ -145,8 +146,14 @@ def test_the_ablations_versions_can_be_built(tmp_path):
 
 def test_the_ablations_verdict_is_that_of_the_intervals():
     verdict = runpy.run_path(str(RECIPES / "ablate.py"))["verdict"]
-    undecided, above, below = Interval(0.1, 0.0, 0.2), Interval(0.1, 0.01, 0.2), Interval(-0.2, -0.3, -0.1)
-    assert verdict({"a": undecided}).startswith("No version is above v2 with certainty. No version is below v2")
-    said = verdict({"a": undecided, "b": above, "c, d": above, "e": below})
-    assert said.startswith("Above v2 with certainty: b; c, d. Below v2 with certainty: e. (4 intervals")
-    assert "(lessons.md)" in said
+    rng = np.random.default_rng(0)
+    v2 = rng.normal(size=(3, 200))
+    versions = {name: v2 + gain + rng.normal(size=v2.shape) for name, gain in (("a", 0.0), ("b", 1.0), ("c, d", -1.0))}
+    assert verdict({"v2": v2, "a": versions["a"]}, "v2").startswith(
+        "* No version is above `v2` with certainty. No version is below `v2` with certainty. (1 intervals"
+    )
+    said = verdict({**versions, "v2": v2}, "v2")
+    assert re.fullmatch(
+        r"\* Above `v2` with certainty: b \(\+[^()]*\)\. Below `v2` with certainty: c, d \(-[^()]*\)\. \(3 intervals.*",
+        said,
+    )
