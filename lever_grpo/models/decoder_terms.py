@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .layers import take_rows
+
 
 if TYPE_CHECKING:
     from .configuration_pointer_selector import PointerSelectorConfig
@@ -44,11 +46,8 @@ class DecoderTerm(nn.Module):
 
     def forward(self, encoding: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
         """What to add to the logits (B, G, K) after `picks` (B, G, t), t ≥ 1."""
-        batch, group, count = picks.shape
-        width = encoding.shape[-1]
-        rows = picks.flatten(1).unsqueeze(-1).expand(-1, -1, width)  # (B, G * t, R)
-        picked = encoding.gather(1, rows).view(batch, group, count, width)
-        return self.weight[min(count, len(self.weight)) - 1] * self.gain(encoding, picked)
+        count = picks.shape[-1]
+        return self.weight[min(count, len(self.weight)) - 1] * self.gain(encoding, take_rows(encoding, picks))
 
 
 class MMRTerm(DecoderTerm):

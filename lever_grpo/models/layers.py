@@ -1,12 +1,24 @@
 """The parts of the pointer selector: attention over the pool, the decoder's state update, the logits by its state."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .configuration_pointer_selector import PointerSelectorConfig
+
+if TYPE_CHECKING:
+    from .configuration_pointer_selector import PointerSelectorConfig
+
+
+def take_rows(encoded: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
+    """Rows (B, …, H) of `encoded` (B, K, H) at the positions `picks` (B, …), by a look-up, whose backward is several
+    times as fast as that of `gather`."""
+    first = torch.arange(len(encoded), device=picks.device) * encoded.shape[1]  # (B,)
+    return F.embedding(picks + first.view(-1, *[1] * (picks.dim() - 1)), encoded.flatten(0, 1))
 
 
 class Attention(nn.Module):
@@ -107,8 +119,9 @@ class StateUpdate(nn.Module):
         self.from_pick = nn.Linear(width, parts * width, bias=False)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, state: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
-        from_state, from_pick = self.from_state(state), self.from_pick(pick)  # (B, G, parts * H)
+    def forward(self, state: torch.Tensor, from_pick: torch.Tensor) -> torch.Tensor:
+        """The state (B, G, H) after a pick, of whose encoding `from_pick` made (B, G, parts * H)."""
+        from_state = self.from_state(state)  # (B, G, parts * H)
         if self.kind == "additive":
             return self.norm(state + from_state + from_pick)
         if self.kind == "gated":

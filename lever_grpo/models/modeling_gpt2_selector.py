@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2Model
 from transformers import initialization as init
 
 from .configuration_gpt2_selector import GPT2SelectorConfig
+from .layers import take_rows
 from .modeling_selector import PoolEncoding, SelectorModel
 
 
@@ -125,8 +126,20 @@ class GPT2Selector(SelectorModel):
     def advance(self, encoding: GPT2Encoding, state: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
         inputs = state[:, :, :-1].expand(-1, pick.shape[1], -1, -1)  # (B, G, t, H)
         self._check_length(inputs.shape[2] - 1)
-        picked = encoding.inputs.gather(1, pick.unsqueeze(-1).expand(-1, -1, inputs.shape[-1]))  # (B, G, H)
+        picked = take_rows(encoding.inputs, pick)  # (B, G, H)
         return self._read(torch.cat([inputs, picked.unsqueeze(2)], dim=2))
+
+    def teacher_forced(self, encoding: GPT2Encoding, picks: torch.Tensor):
+        batch, group, count = picks.shape
+        if not picks.numel():
+            return super().teacher_forced(encoding, picks)
+        self._check_length(count if self.config.stop else count + 1)
+        start = encoding.state[:, :, :-1].expand(-1, group, -1, -1)  # (B, G, 2, H)
+        inputs = torch.cat([start, take_rows(encoding.inputs, picks)], dim=2).flatten(0, 1)
+        # one causal pass: what is read at the query and at each pick is the state of the step behind it
+        hidden = self.gpt2(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, 1:]  # (B * G, t + 1, H)
+        states = [state.unsqueeze(2) for state in hidden.unflatten(0, (batch, group)).unbind(2)]  # (B, G, 1, H) each
+        return states, [self.step_logits(encoding, state, picks[..., :step]) for step, state in enumerate(states)]
 
     def _check_length(self, shots: int) -> None:
         if shots > self.config.max_shots:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .configuration_lever_plus import LeverPlusSelectorConfig
-from .layers import Attention
+from .layers import Attention, take_rows
 from .modeling_selector import PoolEncoding, SelectorModel
 
 
@@ -161,6 +161,4 @@ class LeverPlusSelector(SelectorModel):
         return state @ encoding.candidates.transpose(1, 2) / self.config.logit_temperature
 
     def advance(self, encoding: LeverPlusEncoding, state: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
-        width = encoding.candidates.shape[-1]
-        picked = encoding.candidates.gather(1, pick.unsqueeze(-1).expand(-1, -1, width))  # (B, G, H)
-        return self.pick_update(state, picked)
+        return self.pick_update(state, take_rows(encoding.candidates, pick))

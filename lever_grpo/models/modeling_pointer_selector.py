@@ -8,7 +8,7 @@ from transformers import initialization as init
 
 from .configuration_pointer_selector import PointerSelectorConfig
 from .decoder_terms import TERMS, DecoderTerm
-from .layers import AttentionLayer, PointerScore, StateUpdate
+from .layers import AttentionLayer, PointerScore, StateUpdate, take_rows
 from .modeling_selector import CandidateEncoding, PoolEncoding, Pools, SelectorModel
 
 
@@ -132,7 +132,10 @@ class PointerSelector(SelectorModel):
         if self.pointer is None:
             assert self.prior is not None  # says the config
             return self.prior(encoding.prior, picks)
-        logits = self.pointer(state, encoding.candidates)
+        return self._in_view_of(encoding, picks, self.pointer(state, encoding.candidates))
+
+    def _in_view_of(self, encoding: PointerEncoding, picks: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The pointer's logits (B, G, K) with what the prior and the decoder's terms add after `picks` (B, G, t)."""
         if self.prior is not None:
             logits = self.prior(encoding.prior, picks) + logits
         if picks.shape[-1]:
@@ -143,6 +146,22 @@ class PointerSelector(SelectorModel):
     def advance(self, encoding: PointerEncoding, state: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
         if self.pointer is None:
             return state
-        width = encoding.candidates.shape[-1]
-        picked = encoding.candidates.gather(1, pick.unsqueeze(-1).expand(-1, -1, width))  # (B, G, H)
-        return self.state_update(state, picked)
+        return self.state_update(state, self._from_picks(encoding, pick))
+
+    def teacher_forced(self, encoding: PointerEncoding, picks: torch.Tensor):
+        if self.pointer is None:
+            return super().teacher_forced(encoding, picks)
+        states = [encoding.state]
+        for from_pick in self._from_picks(encoding, picks).unbind(2):
+            states.append(self.state_update(states[-1], from_pick))
+        # all states at once: one product, and one gradient of the candidates
+        logits = self.pointer(torch.cat(states, dim=1), encoding.candidates)  # (B, 1 + G * t, K)
+        steps = logits.split([state.shape[1] for state in states], dim=1)
+        return states, [self._in_view_of(encoding, picks[..., :step], found) for step, found in enumerate(steps)]
+
+    def _from_picks(self, encoding: PointerEncoding, picks: torch.Tensor) -> torch.Tensor:
+        """What the state's update makes of picks (B, G, …): (B, G, …, parts * H)."""
+        candidates, project = encoding.candidates, self.state_update.from_pick
+        if picks.shape[1:].numel() > candidates.shape[1]:  # the fewer products
+            return take_rows(project(candidates), picks)
+        return project(take_rows(candidates, picks))

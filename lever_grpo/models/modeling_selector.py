@@ -166,6 +166,17 @@ class SelectorModel(PreTrainedModel):
         """The state (B, G, …) after `pick` (B, G); `state` may be (B, 1, …) before the first."""
         raise NotImplementedError
 
+    def teacher_forced(self, encoding: Any, picks: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """States and logits of all steps of given sequences, t + 1 of each for `picks` (B, G, t). Kinds of selectors
+        may do here at once what the three methods do step by step."""
+        state, states, logits = encoding.state, [], []
+        for step in range(picks.shape[-1] + 1):
+            if step:
+                state = self.advance(encoding, state, picks[..., step - 1])
+            states.append(state)
+            logits.append(self.step_logits(encoding, state, picks[..., :step]))
+        return states, logits
+
     def stop_features(self, state: torch.Tensor) -> torch.Tensor:
         """What the decision to stop is made by, (B, G, H)."""
         return state
@@ -216,15 +227,13 @@ class SelectorModel(PreTrainedModel):
 
     def _step_log_probs(
         self,
-        encoding: PoolEncoding,
-        state: torch.Tensor,  # (B, G, …); G may be 1 before the first pick
+        logits: torch.Tensor,  # (B, G, K); G may be 1 before the first pick
+        state: torch.Tensor,  # (B, G, …)
         available: torch.Tensor,  # (B, G, K)
-        picks: torch.Tensor,  # (B, G, t) what was picked so far
         temperature: float,
-        may_stop: bool = True,
+        may_stop: bool,
     ) -> torch.Tensor:
         """The distribution (B, G, A) of the next step."""
-        logits = self.step_logits(encoding, state, picks)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         # where nothing is left (padded steps) the distribution is that of the whole pool: finite, and masked later
         left = available.any(-1, keepdim=True)
@@ -232,7 +241,7 @@ class SelectorModel(PreTrainedModel):
         log_probs = torch.log_softmax(logits.masked_fill(~available & left, -math.inf), dim=-1)
         if self.stop_head is None:
             return log_probs
-        if not (may_stop and picks.shape[-1]):  # one demonstration at least
+        if not may_stop:
             return F.pad(log_probs, (0, 1), value=-math.inf)
         more = -self.stop_head(self.stop_features(state)).to(log_probs.dtype) / temperature  # (B, G, 1)
         more = torch.where(left, more, -1e4)  # nothing is left to pick: stop
@@ -297,18 +306,19 @@ class SelectorModel(PreTrainedModel):
         if self.stop_head is not None:
             actions, mask = self._with_stops(sequences, mask, pool)
 
-        state, available = encoding.state, encoding.available
+        steps, available = actions.shape[-1], encoding.available
+        states, logits = self.teacher_forced(encoding, sequences[..., : steps - 1]) if steps else ([], [])
         log_probs, step_log_probs = [], []
-        for step in range(actions.shape[-1]):
-            distribution = self._step_log_probs(encoding, state, available, sequences[..., :step], temperature)
+        for step in range(steps):
+            if step:
+                available = _without(available, sequences[..., step - 1])
+            # one demonstration at least: the first step is no stop
+            distribution = self._step_log_probs(logits[step], states[step], available, temperature, step > 0)
             distribution = distribution.expand(-1, group, -1)  # the first step is the same for all sequences
             log_prob = distribution.gather(-1, actions[..., step : step + 1]).squeeze(-1)  # (B, G)
             log_probs.append(torch.where(mask[..., step], log_prob, 0.0))
             if return_step_log_probs:
                 step_log_probs.append(distribution)
-            if step + 1 < actions.shape[-1]:
-                pick = sequences[..., step]
-                state, available = self.advance(encoding, state, pick), _without(available, pick)
         empty = encoding.state.new_zeros(batch, group, 0)
         return SelectorOutput(
             log_probs=torch.stack(log_probs, dim=-1) if log_probs else empty,
@@ -408,7 +418,9 @@ class SelectorModel(PreTrainedModel):
             scores[:, 1:] = -math.inf  # all beams are equal before the first pick: keep one
         for step in range(num_shots):
             picks = sequences if self.stop_head is None else sequences.clamp(min=0)
-            distribution = self._step_log_probs(encoding, state, available, picks, temperature, step >= min_shots)
+            logits = self.step_logits(encoding, state, picks)
+            may_stop = step >= max(1, min_shots)
+            distribution = self._step_log_probs(logits, state, available, temperature, may_stop)
             if step == 0 and (broken := distribution.isnan()).any():  # the highest would be NaN
                 raise ValueError(
                     f"query {int(broken.nonzero()[0, 0])} of the batch has log-probabilities that are NaN: embeddings "

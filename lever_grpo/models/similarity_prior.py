@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .configuration_selector import SelectorConfig
+from .layers import take_rows
 
 
 GAIN = 16.0  # a power of two: multiplying and dividing by it is exact
@@ -142,9 +143,6 @@ class SimilarityPrior(nn.Module):
 
     def forward(self, encoding: PriorEncoding, picks: torch.Tensor) -> torch.Tensor:
         """Logits (B, G, K) after `picks` (B, G, t); (B, 1, K) before the first."""
-        batch, group, picked = picks.shape
-        if picked == 0:
+        if not picks.shape[-1]:
             return encoding.first.unsqueeze(1)
-        rows = picks.flatten(1).unsqueeze(-1).expand(-1, -1, encoding.redundancy.shape[-1])  # (B, G * t, K)
-        drawn = encoding.redundancy.gather(1, rows).view(batch, group, picked, -1).sum(2)  # (B, G, K)
-        return encoding.later.unsqueeze(1) + drawn
+        return encoding.later.unsqueeze(1) + take_rows(encoding.redundancy, picks).sum(2)
