@@ -23,6 +23,7 @@ import orjson
 import torch
 from _timing import finish, machine, spread, text
 from datasets import Dataset
+from transformers import PrinterCallback
 
 from lever_grpo import GroupBeamGRPOConfig, GroupBeamGRPOTrainer, PointerSelector, PointerSelectorConfig, load_beams
 from lever_grpo.data import DataCollatorForBeams, EmbeddingStore
@@ -105,9 +106,11 @@ class Sides:
         return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
 
     def trainer(self) -> GroupBeamGRPOTrainer:
-        return GroupBeamGRPOTrainer(
+        trainer = GroupBeamGRPOTrainer(
             copy.deepcopy(self.start), args=self.config, data_collator=self.collator, train_dataset=self.dataset
         )
+        trainer.remove_callback(PrinterCallback)  # what it prints is not the loop's
+        return trainer
 
     def with_trainer(self) -> tuple[float, float]:
         """Seconds of `train()`, and the loss of its last log."""

@@ -32,9 +32,8 @@ class GPT2Selector(SelectorModel):
     with learned vectors b and u. Lever-LM has an embedding of each candidate's id in the places of Vc and Uc. Here
     they are linear in its features, so that candidates may be new; a feature can hold such embeddings of ids.
 
-    Nothing is cached between the steps: GPT-2 reads the sequence anew after each pick, S (S + 3) / 2 inputs for S
-    picks rather than S + 1 (in `select` S + 2 more, as it also reads the last pick). Projections of queries and
-    candidates are computed once per query.
+    Given sequences are read in one causal pass; `select` caches nothing between its steps, so GPT-2 reads the sequence
+    anew after each pick. Projections of queries and candidates are computed once per query.
 
     Args:
         config ([`GPT2SelectorConfig`]):
