@@ -47,7 +47,7 @@ $(INSTALLED): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is not Python 3.10 or later; name one, e.g. make install PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(MAKE_VENV)
-	$(PIP_INSTALL) -e ".[test,quality,docs]"
+	$(PIP_INSTALL) -e ".[test,quality,docs,browser]"
 	@touch $@
 
 demo: install  ## post-train the selector on the sample and print the report (outputs/demo)

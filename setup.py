@@ -79,7 +79,7 @@ EXTRAS = {
         "shtab>=1.7",
         "gradio>=6.27",
     ],
-    # Chromium for the tests of the HTML report, which are skipped without it; 6.12 comes without QtWebEngine
+    # Chromium for the tests of the HTML report and the demo page, skipped without it; 6.12 comes without QtWebEngine
     "browser": ["PySide6-Addons>=6.8,<6.12"],
     "demo": ["gradio>=6.27"],  # lever-grpo demo
     "completion": ["shtab>=1.7"],  # lever-grpo completion
