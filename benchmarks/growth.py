@@ -42,7 +42,7 @@ WHY = {
     "D": "only the first projection sees the width of the embeddings",
     "groups": "each is read once an epoch; logs and embeddings are mapped, not loaded",
 }
-GROUPS = [2048, 4096, 8192, 16384]
+GROUPS = [1024, 2048, 4096, 8192]
 
 
 def step_of(device: str, sizes: dict[str, int]) -> Step:

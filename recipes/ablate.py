@@ -48,6 +48,7 @@ from lever_grpo.models import ClipSelector, load_selector
 from lever_grpo.pipeline import RecipeArguments, build_selector, load_task, parse, train
 from lever_grpo.pipeline.evaluate import evaluate, parse_evaluate
 from lever_grpo.pipeline.generate import GenerateArguments, generate
+from lever_grpo.pipeline.pick_scorer import PickScorer
 from lever_grpo.pipeline.stages import save_selector
 
 
@@ -60,7 +61,7 @@ VALIDATION = 200  # queries, whose picks the model scores
 CONTRAST = 16  # sequences a training query, beside those of the search: at random, and as many of the start's policy
 # what differs from `recipes/okvqa_v3.yaml`: a network on the similarity prior, trained on the log's scores alone
 COMMON = ["--hidden_dim", "64", "--agreement_steps", "0", "--sft_num_beams", "3", "--learning_rate", "5e-4"]
-COMMON += ["--grpo_epochs", "6"]
+COMMON += ["--grpo_epochs", "6", "--per_device_eval_batch_size", "100"]
 VERSIONS: dict[str, dict[str, Any]] = {
     "prior alone": {"preset": "prior"},
     "v0": {"preset": "v0"},
@@ -84,6 +85,7 @@ VERSIONS: dict[str, dict[str, Any]] = {
     },
     "v2, STOP": {"preset": "v2", "options": {"stop": True}},
 }
+PICK_SCORERS: dict[int, PickScorer] = {}  # of this process, by shots
 NOTES = """\
 # Ablation: versions and decoders
 
@@ -212,7 +214,10 @@ def run_one(version: str, shots: int, seed: int, queries: int, output: Path) -> 
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as stream, redirect_stdout(stream), redirect_stderr(stream):
         recipe, args = arguments_of(version, shots, seed, queries, output)
-        train(recipe, args, load_task(recipe, seed), Path(str(args.output_dir)))
+        data = load_task(recipe, seed)
+        if data.pick_scorer is not None:  # versions start alike: what one has asked, the next need not
+            data.pick_scorer = PICK_SCORERS.setdefault(shots, data.pick_scorer)
+        train(recipe, args, data, Path(str(args.output_dir)))
 
 
 def place(output: Path, version: str, shots: int, seed: int) -> Path:
