@@ -22,13 +22,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from datasets import Dataset
 
 from lever_grpo import GroupBeamGRPOConfig
-from lever_grpo.data import list_samples
+from lever_grpo.data import keep_sequences, list_samples
 from lever_grpo.metrics import paired_interval
 from lever_grpo.pipeline import RecipeArguments, judge, load_task, parse, train
 from lever_grpo.pipeline.evaluate import evaluate, parse_evaluate
@@ -83,7 +83,6 @@ LITERAL = {
     "num_train_epochs": 4.0,
 }
 ORIGINAL_BEAMS = 5
-PER_SEQUENCE = ("sequences", "scores", "shot_scores", "survived", "source")
 V2 = {
     "model_preset": "v2",
     "similarity_prior": False,
@@ -129,11 +128,7 @@ def best_beams(groups: Dataset, size: int) -> Dataset:
     """Groups of nothing but their best sequences, as logs that keep what a search ended with."""
 
     def cut(row: dict) -> dict:
-        kept = sorted(np.argsort(-np.array(row["scores"]), kind="stable")[:size].tolist())
-        parts: dict[str, Any] = {name: [row[name][i] for i in kept] for name in PER_SEQUENCE}
-        if "columns" in row:
-            parts["columns"] = {name: [values[i] for i in kept] for name, values in row["columns"].items()}
-        return parts
+        return keep_sequences(row, sorted(np.argsort(-np.array(row["scores"]), kind="stable")[:size].tolist()))
 
     return groups.map(cut, load_from_cache_file=False)
 

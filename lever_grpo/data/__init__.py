@@ -11,7 +11,7 @@ from .orders import parse_log_name, to_prompt_order, to_search_order
 from .raw_collator import DataCollatorForRawBeams
 from .records import BeamDataError
 from .sample import SampleTask, list_samples, load_sample
-from .splits import drop_candidates, split_by_query
+from .splits import drop_candidates, keep_sequences, keep_sources, split_by_query
 from .tasks import load_examples, load_okvqa, load_vqa, load_vqav2, sample_examples
 
 
@@ -31,6 +31,8 @@ __all__ = [
     "export_lever_plus",
     "fully_scored",
     "inspect_log",
+    "keep_sequences",
+    "keep_sources",
     "list_samples",
     "load_beams",
     "load_examples",

@@ -1,8 +1,8 @@
-"""Splits of a dataset of groups that never separate the rows of one query."""
+"""Parts of a dataset of groups: splits that never separate the rows of one query, and groups with fewer sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,19 +123,72 @@ def drop_candidates(
         if len(kept) == len(row["candidate_ids"]):
             return row
         position = {old: new for new, old in enumerate(kept)}
-        live = [all(i in position for i in sequence) for sequence in row["sequences"]]
-        cleaned: dict[str, Any] = {
-            name: [x for x, keep in zip(row[name], live, strict=True) if keep]
-            for name in _PER_SEQUENCE
-            if row.get(name) is not None and len(row[name]) == len(live)
-        }
-        if row.get("columns"):
-            cleaned["columns"] = {
-                name: None if values is None else [x for x, keep in zip(values, live, strict=True) if keep]
-                for name, values in row["columns"].items()
-            }
+        live = [i for i, sequence in enumerate(row["sequences"]) if all(c in position for c in sequence)]
+        cleaned = keep_sequences(row, live)
         cleaned["sequences"] = [[position[i] for i in sequence] for sequence in cleaned["sequences"]]
-        return {**row, **cleaned, "candidate_ids": [row["candidate_ids"][i] for i in kept]}
+        return {**cleaned, "candidate_ids": [row["candidate_ids"][i] for i in kept]}
 
-    groups = dataset.map(clean, load_from_cache_file=False)
+    return _not_empty(dataset.map(clean, load_from_cache_file=False))
+
+
+def keep_sources(dataset: Dataset, sources: Collection[str]) -> Dataset:
+    """Groups of nothing but the sequences that come from some sources.
+
+    What a search went on to was chosen for its scores, so it says how good a sequence may be in hindsight, and nothing
+    of how good the policy's own are; drawn sequences (`"random"`, `"selector"`) do.
+
+    Args:
+        dataset (`Dataset`):
+            Groups of [`load_beams`].
+        sources (collection of `str`):
+            Values of `source`: `"search"`, `"random"`, `"similarity"` and `"selector"` in logs of `lever-grpo
+            generate`.
+
+    Returns:
+        `Dataset`: the groups that still hold a sequence, in their order.
+
+    Raises:
+        ValueError: if no sequence comes from one of the sources.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from lever_grpo.data import keep_sources
+    >>> row = {"query_id": 0, "sequences": [[0, 2], [1, 2]], "scores": [-1.0, -2.0], "source": ["search", "random"]}
+    >>> keep_sources(Dataset.from_list([row]), ["random"])[0]
+    {'query_id': 0, 'sequences': [[1, 2]], 'scores': [-2.0], 'source': ['random']}
+
+    ```
+    """
+    found = {source for row in dataset["source"] for source in row}
+    unknown = sorted(set(sources) - found)
+    if unknown:
+        raise ValueError(
+            f"sources={list(sources)}: no sequence of the log comes from {', '.join(map(repr, unknown))}; it has "
+            f"{', '.join(map(repr, sorted(found)))}."
+        )
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        return keep_sequences(row, [i for i, source in enumerate(row["source"]) if source in sources])
+
+    return _not_empty(dataset.map(cut, load_from_cache_file=False))
+
+
+def keep_sequences(row: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """A row with some of its sequences, by their numbers, and what belongs to these."""
+    count = len(row["sequences"])
+    parts: dict[str, Any] = {
+        name: [row[name][i] for i in kept]
+        for name in _PER_SEQUENCE
+        if row.get(name) is not None and len(row[name]) == count
+    }
+    if row.get("columns"):
+        parts["columns"] = {
+            name: None if values is None else [values[i] for i in kept] for name, values in row["columns"].items()
+        }
+    return {**row, **parts}
+
+
+def _not_empty(groups: Dataset) -> Dataset:
     return groups.select([i for i, sequences in enumerate(groups["sequences"]) if len(sequences)])

@@ -52,6 +52,9 @@ class RecipeArguments:
             Whether the frozen model is asked about greedy picks on validation queries that their log does not hold, so
             that checkpoints are chosen by what they pick where not every sequence was scored (three demonstrations
             and more). The model is the one of the `manifest.json` beside that log; see [`PickScorer`].
+        sources (`list[str]`, *optional*):
+            Where the sequences that are learned from come from, as the log says it (`"search"`, `"random"`,
+            `"similarity"`, `"selector"`); see [`keep_sources`]. Default: all.
         max_group_size (`int`, *optional*):
             Sequences kept per group: all survivors, and others evenly spaced by score. `None` keeps everything.
         max_samples (`int`, *optional*):
@@ -108,6 +111,9 @@ class RecipeArguments:
     score_picks: bool = field(
         default=False,
         metadata={"help": "Whether the log's frozen model scores validation picks that the log does not hold."},
+    )
+    sources: list[str] | None = field(
+        default=None, metadata={"help": "Sources of the sequences to learn from, as random selector; default all."}
     )
     max_group_size: int | None = field(default=None, metadata={"help": "Sequences kept per group; default all."})
     max_samples: int | None = field(default=None, metadata={"help": "Training queries to use; default all."})

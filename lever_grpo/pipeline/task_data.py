@@ -19,6 +19,7 @@ from ..data import (
     SampleTask,
     complete_scores,
     drop_candidates,
+    keep_sources,
     load_beams,
     load_examples,
     load_sample,
@@ -137,6 +138,8 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
     judged = {entities[query] for query in unseen if query in entities}
     unseen |= {row for row, entity in entities.items() if entity in judged}
     train = drop_candidates(train, unseen, entities)
+    if recipe.sources is not None:
+        train = keep_sources(train, recipe.sources)
     if recipe.heldout_fold is not None:  # pools of held-out queries hold rows that training has seen
         held_back["heldout"] = drop_candidates(held_back["heldout"], unseen)
     if recipe.max_samples is not None and recipe.max_samples < len(train):
