@@ -16,6 +16,7 @@ import argparse
 import os
 import re
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
@@ -114,6 +115,8 @@ def sequences_log(split: str, shots: int, queries: int, output: Path) -> Path:
     if shots <= 2:
         return sample.splits[split]
     folder = output / "logs" / f"{split}-{shots}"
+    if (folder / "manifest.json").exists():
+        return folder / "beams.jsonl"
     groups = sample.load(split)
     contrast: dict[str, Any] = {}
     size = VALIDATION
@@ -216,11 +219,15 @@ def run_one(version: str, shots: int, seed: int, queries: int, output: Path) -> 
     log = output / "logs" / f"{key('', version).strip('_')}-{shots}-{seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as stream, redirect_stdout(stream), redirect_stderr(stream):
-        recipe, args = arguments_of(version, shots, seed, queries, output)
-        data = load_task(recipe, seed)
-        if data.pick_scorer is not None:  # versions start alike: what one has asked, the next need not
-            data.pick_scorer = PICK_SCORERS.setdefault(shots, data.pick_scorer)
-        train(recipe, args, data, Path(str(args.output_dir)))
+        try:
+            recipe, args = arguments_of(version, shots, seed, queries, output)
+            data = load_task(recipe, seed)
+            if data.pick_scorer is not None:  # versions start alike: what one has asked, the next need not
+                data.pick_scorer = PICK_SCORERS.setdefault(shots, data.pick_scorer)
+            train(recipe, args, data, Path(str(args.output_dir)))
+        except Exception as error:
+            traceback.print_exc()
+            raise RuntimeError(f"{version}, {shots} shots, seed {seed} failed, see {log}") from error
 
 
 def place(output: Path, version: str, shots: int, seed: int) -> Path:
@@ -299,8 +306,8 @@ def table(versions: list[str], shots: int, worth: dict[str, NDArray[np.float64]]
         cells = [version, f"{parameters:,}", f"{latency:.1f}"]
         cells += [interval(mean_interval(sft)), interval(mean_interval(grpo[version]))]
         cells.append(interval(paired_interval(grpo[version], sft), signed=True))
-        known = version != REFERENCE and REFERENCE in versions
-        cells.append(interval(paired_interval(grpo[version], grpo[REFERENCE]), signed=True) if known else "")
+        compared = version != REFERENCE and REFERENCE in versions
+        cells.append(interval(paired_interval(grpo[version], grpo[REFERENCE]), signed=True) if compared else "")
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *(verdict(grpo, reference) for reference in (REFERENCE, ORIGINAL) if reference in versions)]
     return "\n".join(lines) + "\n"
@@ -357,7 +364,11 @@ def main() -> None:
             made.result()
         running = [pool.submit(run_one, *job, arguments.queries, output) for job in jobs]
         for job, future in zip(jobs, running, strict=True):
-            future.result()
+            try:
+                future.result()
+            except Exception:
+                pool.shutdown(cancel_futures=True)
+                raise
             print(f"{job}: done", flush=True)
         about = (arguments.seeds, arguments.heldout, output)
         judged = [pool.submit(judge, arguments.versions, shots, *about) for shots in arguments.shots]

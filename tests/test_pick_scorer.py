@@ -2,10 +2,14 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from planted import TRAIN, VALIDATION, PlantedScorer, make_args, planted_task, score_of
+import torch
+from planted import TRAIN, VALIDATION, PlantedScorer, assert_same_weights, make_args, planted_task, score_of
 
 from lever_grpo.data import load_beams
 from lever_grpo.inference import choose
@@ -13,6 +17,7 @@ from lever_grpo.models import load_selector
 from lever_grpo.pipeline import RecipeArguments, load_task, pick_scorer, run
 from lever_grpo.pipeline.generate import GenerateArguments, generate
 from lever_grpo.pipeline.pick_scorer import PickScorer
+from lever_grpo.trainer import SelectorTrainer
 
 
 SHOTS = 3
@@ -116,6 +121,13 @@ def test_checkpoints_are_chosen_by_what_they_pick(logs, planted, tmp_path, monke
     assert list((output / "checkpoints" / "picks").glob("0-*.jsonl"))
 
 
+def test_sources_of_what_is_learned_from(logs):
+    every, drawn = (load_task(recipe_of(logs, sources=sources)) for sources in (None, ["random"]))
+    assert {source for row in every.train["source"] for source in row} == {"search", "random"}
+    assert {source for row in drawn.train["source"] for source in row} == {"random"}
+    assert drawn.validation.to_list() == every.validation.to_list()  # what is judged on stays whole
+
+
 def test_without_it_the_expected_reward_decides(logs, tmp_path):
     output = tmp_path / "out"
     run(recipe_of(logs), make_args(output, grpo_epochs=1))
@@ -124,7 +136,7 @@ def test_without_it_the_expected_reward_decides(logs, tmp_path):
     assert state["best_metric"] == max(log["eval_expected_reward"] for log in evaluations)
 
 
-def test_another_model_is_refused(logs, planted):
+def test_another_model_is_refused(logs, planted, tmp_path):
     class Other(PlantedScorer):
         def describe(self):
             return {"backend": "other"}
@@ -132,6 +144,74 @@ def test_another_model_is_refused(logs, planted):
     log = logs[1]["validation", "log_prob"]
     with pytest.raises(ValueError, match="backend: 'planted' there, 'other' here"):
         PickScorer(log, pools_of(log), Other(planted.embeddings))([TRAIN], [[0, 1, 2]])
+    PickScorer(log, pools_of(log)).keep_in(tmp_path)
+    (tmp_path / "scorer.json").write_text('{"backend": "other"}')
+    with pytest.raises(ValueError, match="does not agree with scorer.json"):
+        PickScorer(log, pools_of(log)).keep_in(tmp_path)
+
+
+def test_other_rows_are_refused(logs, planted, tmp_path):
+    about = json.loads((logs[1]["validation", "log_prob"].parent / "manifest.json").read_text())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(Path(about["arguments"]["task_file"]).read_text().replace("thing 7?", "thing 8?"))
+    log = tmp_path / "beams.jsonl"
+    log.write_bytes(logs[1]["validation", "log_prob"].read_bytes())
+    about["arguments"]["task_file"] = str(rows)
+    (tmp_path / "manifest.json").write_text(json.dumps(about))
+    scorer = PickScorer(log, pools_of(log), PlantedScorer(planted.embeddings))
+    with pytest.raises(ValueError, match="what is to score picks is not what made the log .rows_sha256"):
+        scorer([TRAIN], [[0, 1, 2]])
+    rows.unlink()
+    with pytest.raises(ValueError, match="manifest.json names rows that cannot be read"):
+        PickScorer(log, pools_of(log))
+
+
+def test_one_log_of_its_own_is_needed(logs, tmp_path):
+    with pytest.raises(ValueError, match="score_picks is set without validation_data"):
+        recipe = recipe_of(logs, score_picks=True)
+        recipe.validation_data = None
+        load_task(recipe)
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(logs[1]["validation", "log_prob"].read_bytes())
+    with pytest.raises(ValueError, match="is 2 files"):
+        PickScorer(tmp_path, {})
+
+
+def test_shorter_picks_of_a_policy_that_stops(logs, planted):
+    """-1 behind the end of a pick is no position."""
+    log = logs[1]["validation", "log_prob"]
+    model = Counting(planted.embeddings)
+    trainer = SimpleNamespace(score_picks=PickScorer(log, pools_of(log), model))
+    asked = torch.tensor([True, False, True])
+    picks = torch.tensor([[4, -1, -1], [0, 1, 2], [2, 3, -1]])
+    scores = SelectorTrainer._scores_of(trainer, torch.tensor([TRAIN, TRAIN + 1, TRAIN + 2]), picks, asked)
+    pools = pools_of(log)
+    shown = [[pools[TRAIN][4]], [pools[TRAIN + 2][3], pools[TRAIN + 2][2]]]  # in the prompt's order
+    assert [list(demonstrations) for _, demonstrations in model.asked] == shown
+    expected = [score_of(planted.embeddings, ids[::-1]) for ids in shown]
+    assert scores[asked].tolist() == pytest.approx(expected) and scores[1].isnan()
+
+
+def test_a_run_that_goes_on_ends_with_the_same_weights(logs, planted, tmp_path, monkeypatch):
+    """Though the model is then loaded at another moment, and loading draws random numbers."""
+
+    def load(*_):
+        torch.rand(7)
+        return PlantedScorer(planted.embeddings)
+
+    monkeypatch.setattr(pick_scorer, "make_scorer", load)
+    recipe, whole, cut = recipe_of(logs, score_picks=True), tmp_path / "whole", tmp_path / "cut"
+    run(recipe, make_args(whole, learning_rate=0.02, save_total_limit=None))
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "grpo")
+    for step in (6, 9):
+        shutil.rmtree(cut / "checkpoints" / "grpo" / f"checkpoint-{step}")
+    known = sorted((cut / "checkpoints" / "picks").glob("*.jsonl"))
+    for path in known[len(known) // 2 :]:
+        path.unlink()
+    run(recipe, make_args(cut, learning_rate=0.02, save_total_limit=None, resume_from_checkpoint="true"))
+    weights = [load_selector(folder / "grpo").state_dict() for folder in (whole, cut)]
+    assert_same_weights(*weights)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +222,8 @@ def test_another_model_is_refused(logs, planted):
         ("[]", "manifest.json: expected the manifest of a log"),
         ('{"scorer": {}}', "'arguments'"),
         ('{"arguments": {"num_shots": 99}, "scorer": {}}', "num_shots=99 must lie in"),
+        ('{"arguments": {"new_option": 1}, "scorer": {}}', "the argument 'new_option' is unknown here"),
+        ('{"arguments": {}, "scorer": {}}', "'inputs'"),
     ],
 )
 def test_a_log_that_does_not_say_how_it_was_made(logs, tmp_path, manifest, message):
@@ -157,6 +239,11 @@ def test_a_log_that_does_not_say_how_it_was_made(logs, tmp_path, manifest, messa
 
 def test_other_rewards_than_the_score_are_refused(logs, planted, tmp_path, monkeypatch):
     monkeypatch.setattr(pick_scorer, "make_scorer", lambda *_: PlantedScorer(planted.embeddings))
-    for options in ({"reward": "log_prob"}, {"reward_weights": {"beam": 1.0, "diversity": 0.1}}):
+    others = (
+        {"reward": "log_prob"},
+        {"reward_weights": {"beam": 1.0, "diversity": 0.1}},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+    )
+    for number, options in enumerate(others):
         with pytest.raises(ValueError, match="score_picks gives the score of a log, and the reward is another one"):
-            run(recipe_of(logs, score_picks=True), make_args(tmp_path / "out", **options))
+            run(recipe_of(logs, score_picks=True), make_args(tmp_path / str(number), **options))

@@ -32,8 +32,8 @@ class GPT2Selector(SelectorModel):
     with learned vectors b and u. Lever-LM has an embedding of each candidate's id in the places of Vc and Uc. Here
     they are linear in its features, so that candidates may be new; a feature can hold such embeddings of ids.
 
-    Given sequences are read in one causal pass; `select` caches nothing between its steps, so GPT-2 reads the sequence
-    anew after each pick. Projections of queries and candidates are computed once per query.
+    The picks of given sequences are read in one causal pass; `select` caches nothing between its steps, so GPT-2 reads
+    the sequence anew after each pick. Projections of queries and candidates are computed once per query.
 
     Args:
         config ([`GPT2SelectorConfig`]):
@@ -128,16 +128,18 @@ class GPT2Selector(SelectorModel):
         picked = take_rows(encoding.inputs, pick)  # (B, G, H)
         return self._read(torch.cat([inputs, picked.unsqueeze(2)], dim=2))
 
-    def teacher_forced(self, encoding: GPT2Encoding, picks: torch.Tensor):
+    def teacher_forced(
+        self, encoding: GPT2Encoding, picks: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         batch, group, count = picks.shape
         if not picks.numel():
             return super().teacher_forced(encoding, picks)
         self._check_length(count if self.config.stop else count + 1)
         start = encoding.state[:, :, :-1].expand(-1, group, -1, -1)  # (B, G, 2, H)
         inputs = torch.cat([start, take_rows(encoding.inputs, picks)], dim=2).flatten(0, 1)
-        # one causal pass: what is read at the query and at each pick is the state of the step behind it
-        hidden = self.gpt2(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, 1:]  # (B * G, t + 1, H)
-        states = [state.unsqueeze(2) for state in hidden.unflatten(0, (batch, group)).unbind(2)]  # (B, G, 1, H) each
+        # one causal pass: what is read at each pick is the state of the step behind it
+        hidden = self.gpt2(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, 2:]  # (B * G, t, H)
+        states = [encoding.state, *(state.unsqueeze(2) for state in hidden.unflatten(0, (batch, group)).unbind(2))]
         return states, [self.step_logits(encoding, state, picks[..., :step]) for step, state in enumerate(states)]
 
     def _check_length(self, shots: int) -> None:

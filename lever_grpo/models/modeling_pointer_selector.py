@@ -148,7 +148,9 @@ class PointerSelector(SelectorModel):
             return state
         return self.state_update(state, self._from_picks(encoding, pick))
 
-    def teacher_forced(self, encoding: PointerEncoding, picks: torch.Tensor):
+    def teacher_forced(
+        self, encoding: PointerEncoding, picks: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         if self.pointer is None:
             return super().teacher_forced(encoding, picks)
         states = [encoding.state]

@@ -167,8 +167,11 @@ class SelectorModel(PreTrainedModel):
         raise NotImplementedError
 
     def teacher_forced(self, encoding: Any, picks: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """States and logits of all steps of given sequences, t + 1 of each for `picks` (B, G, t). Kinds of selectors
-        may do here at once what the three methods do step by step."""
+        """
+        States (B, G, …) and logits (B, G, K) of all steps of given sequences, t + 1 of each for `picks` (B, G, t); the
+        first of each may be (B, 1, …). Kinds of selectors may do here at once what the three methods do step by step;
+        whoever overrides one of the three then overrides this too.
+        """
         state, states, logits = encoding.state, [], []
         for step in range(picks.shape[-1] + 1):
             if step:

@@ -49,9 +49,9 @@ class RecipeArguments:
         num_shots (`int`, *optional*, defaults to `2`):
             Length of the sequences that are learned and chosen.
         score_picks (`bool`, *optional*, defaults to `False`):
-            Whether the frozen model is asked about greedy picks on validation queries that their log does not hold, so
-            that checkpoints are chosen by what they pick where not every sequence was scored (three demonstrations
-            and more). The model is the one of the `manifest.json` beside that log; see [`PickScorer`].
+            Whether the frozen model is asked about greedy picks on validation queries that `validation_data` does not
+            hold, so that checkpoints are chosen by what they pick where not every sequence was scored (three
+            demonstrations and more). The model is that of the `manifest.json` beside that log; see [`PickScorer`].
         sources (`list[str]`, *optional*):
             Where the sequences that are learned from come from, as the log says it (`"search"`, `"random"`,
             `"similarity"`, `"selector"`); see [`keep_sources`]. Default: all.

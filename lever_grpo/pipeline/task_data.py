@@ -151,10 +151,14 @@ def load_task(recipe: RecipeArguments, seed: int = 0) -> TaskData:
     rows = _rows(recipe, sample)
     pick_scorer = None
     if recipe.score_picks:
-        log = paths.get("validation", paths["train"])
+        if recipe.validation_data is None:
+            raise ValueError(
+                "score_picks is set without validation_data: it needs a log of its own of `lever-grpo generate`, as "
+                "scores of queries that are set aside from the training log are estimated; name one."
+            )
         validation = held_back["validation"]
         pools = dict(zip(validation["query_id"], validation["candidate_ids"], strict=True))
-        pick_scorer = PickScorer(log if isinstance(log, str | Path) else log[0], pools)
+        pick_scorer = PickScorer(recipe.validation_data, pools)
     return TaskData(
         name,
         train,

@@ -338,7 +338,7 @@ def _score(scorer: Scorer, asked: Sequence[tuple[_Search, Sequence_, str]], conf
     _check_count("score", results, asked)
     problems = getattr(scorer, "problems", {})
     for (search, sequence, source), prompt, log_probs in zip(asked, prompts, results, strict=True):
-        reason = problems.get(prompt, NOT_ASKED) if log_probs is None else _unusable(log_probs)
+        reason = problems.get(prompt, NOT_ASKED) if log_probs is None else unusable(log_probs)
         if reason:
             search.failed.setdefault(reason, []).append(sequence)
         else:
@@ -346,7 +346,7 @@ def _score(scorer: Scorer, asked: Sequence[tuple[_Search, Sequence_, str]], conf
             search.source[sequence] = source
 
 
-def _unusable(log_probs: Any) -> str:
+def unusable(log_probs: Any) -> str:
     """What is wrong with the log-probabilities of an answer, or an empty string."""
     values = np.asarray(log_probs, dtype=np.float64)
     if not values.size:

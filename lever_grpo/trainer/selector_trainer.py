@@ -61,11 +61,6 @@ class SelectorTrainer(HubTrainer):
         score_picks: ScorePicks | None = None,
         **kwargs,
     ):
-        if score_picks is not None and (args.reward_weights or {"beam": 1.0}, args.reward) != ({"beam": 1.0}, "score"):
-            raise ValueError(
-                f"score_picks gives the score of a log, and the reward is another one (reward={args.reward!r}, "
-                f"reward_weights={args.reward_weights}); leave these at their defaults, or score_picks out."
-            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {args.n_gpu} GPUs and would split batches over them, but the queries of a batch "
@@ -99,6 +94,13 @@ class SelectorTrainer(HubTrainer):
         )
         self.label_names = []
         self.score_picks = score_picks
+        reward = (self.reward_weights, args.reward, args.multi_objective_aggregation)
+        if score_picks is not None and reward != ({"beam": 1.0}, "score", "sum_then_normalize"):
+            raise ValueError(
+                f"score_picks gives the score of a log, and the reward is another one (reward_weights={reward[0]}, "
+                f"reward={reward[1]!r}, multi_objective_aggregation={reward[2]!r}); leave these at their defaults, or "
+                "score_picks out."
+            )
         # sums and counts since the last log, already gathered: they travel with the checkpoint
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, float] = defaultdict(float)
@@ -303,15 +305,15 @@ class SelectorTrainer(HubTrainer):
         group = [x.double().cpu().numpy() for x in (sequence_log_probs, rewards)] + [mask.cpu().numpy()]
         logged = torch.where(sequence_mask, inputs["sequences"], -1)  # (B, G, S)
         same = (logged == picks.unsqueeze(1)).all(-1) & mask  # (B, G)
-        found = same.any(-1)  # (B,)
+        held = same.any(-1)  # (B,)
         greedy = rewards.gather(1, same.float().argmax(-1, keepdim=True)).squeeze(1)  # (B,)
-        greedy = torch.where(found, greedy, self._scores_of(inputs["query_ids"], picks, ~found & mask.any(-1)))
+        greedy = torch.where(held, greedy, self._scores_of(inputs["query_ids"], picks, ~held & mask.any(-1)))
         entropy = step_entropy(output.step_log_probs, sequence_mask=step_mask)  # (B, G, T)
         return {
             "reward": masked_mean(rewards, mask),
             "expected_reward": torch.from_numpy(expected_reward(*group)).to(rewards),
             "greedy_reward": greedy,
-            "greedy_found": found.float(),
+            "greedy_found": (~greedy.isnan()).float(),
             "rank_correlation": torch.from_numpy(rank_correlations(*group)).to(rewards),
             "entropy": masked_mean(entropy.flatten(1), step_mask.flatten(1)),
         }

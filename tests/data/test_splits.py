@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from lever_grpo.data import drop_candidates, split_by_query
+from lever_grpo.data import drop_candidates, keep_sources, split_by_query
 
 
 def dataset() -> Dataset:
@@ -20,6 +20,24 @@ def dataset() -> Dataset:
             },
         ]
     )  # fmt: skip
+
+
+def test_sequences_go_with_their_source():
+    kept = keep_sources(dataset(), ["c", "a"])
+    assert kept["query_id"][:] == [0]  # the other group has no sequence left
+    assert kept[0] == {
+        "query_id": 0, "candidate_ids": [10, 11, 12], "sequences": [[0, 1], [2, 0]], "scores": [1.0, 3.0],
+        "shot_scores": [[0.5, 0.5], [2.0, 1.0]], "survived": [True, True], "source": ["a", "c"],
+        "columns": {"x": [0.1, 0.3]},
+    }  # fmt: skip
+    assert keep_sources(dataset(), "abcde").to_list() == dataset().to_list()
+
+
+def test_unknown_sources_are_named():
+    with pytest.raises(
+        ValueError, match=r"no sequence of the log comes from 'random'; it has 'a', 'b', 'c', 'd', 'e'"
+    ):
+        keep_sources(dataset(), ["a", "random"])
 
 
 def test_sequences_go_with_their_candidate_and_positions_are_renumbered():
