@@ -155,7 +155,7 @@ def test_empty_batches_groups_and_sequences_have_empty_outputs(queries, group, s
 
 
 @torch.no_grad()
-def test_projections_and_the_first_step_run_once_per_query():
+def test_projections_run_once_per_query_and_picks_are_read_in_one_pass():
     selector, batch = make_selector("v0"), make_batch(queries=3, pool=4, group=7)
     seen = {}
     for name in ("query_proj", "candidate_in", "candidate_out", "gpt2.drop"):
@@ -169,7 +169,7 @@ def test_projections_and_the_first_step_run_once_per_query():
         "query_proj": [(3, QUERY_WIDTH)],
         "candidate_in": [(6, CANDIDATE_WIDTH)],
         "candidate_out": [(6, CANDIDATE_WIDTH)],
-        "gpt2.drop": [(3, 2, 8), (21, 3, 8), (21, 4, 8)],
+        "gpt2.drop": [(3, 2, 8), (21, 4, 8)],  # the query, then the query with the two picks that a third sees
     }
 
 
