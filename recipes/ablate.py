@@ -96,8 +96,9 @@ task `supersense`, and judged by what SmolLM2-135M-Instruct answers to {queries}
 over {seeds} training seeds: the log-probability of the right answer, with its 95 % interval over queries. The last
 two columns are differences of the GRPO selector, query by query: to its own start, and to the GRPO selector of v2.
 All were trained on {logged} queries. For three and four shots a fresh log was made: a beam of one, and {contrast}
-random sequences a query and {contrast} that the untrained prior samples; checkpoints are chosen by what the model
-says of the picks for {validation} validation queries (`--score_picks`). Latency is that of one query alone, from a
+random sequences a query and {contrast} that the untrained prior samples. Only the drawn ones are learned from
+(`--sources`), and checkpoints are chosen by what the model says of the picks for {validation} validation queries
+(`--score_picks`). Latency is that of one query alone, from a
 pool of 16 on one core, its embeddings given; that of `v2_lora` with the pass of its encoders over the texts.
 
 All start from the similarity prior, but for `v2, no prior`, the two networks of Lever-Plus (which have none) and
