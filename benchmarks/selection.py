@@ -25,7 +25,7 @@ from lever_grpo.search.samplers import PoolSampler
 TARGET = 2.0  # milliseconds a query, alone
 WIDTH = 768
 POOL = 64
-COUNTS = (1, 64)  # queries at a time
+CALLS = {1: 4, 64: 1}  # queries at a time: calls of a turn, one after the other as a service has them
 SIZES = (64, 1_000, 10_000, 100_000)
 SIDES = {
     "v3": {},
@@ -61,10 +61,10 @@ def retrieval_of(vectors: np.ndarray) -> Side:
 def times_of(sides: dict[str, Side], repeats: int) -> dict[str, dict[str, dict[str, float]]]:
     """Milliseconds a query of each side, in turns, by the number of queries at a time."""
     rng = np.random.default_rng(1)
-    times: dict[str, dict[int, list[float]]] = {name: {count: [] for count in COUNTS} for name in sides}
+    times: dict[str, dict[int, list[float]]] = {name: {count: [] for count in CALLS} for name in sides}
     for turn in range(repeats + 3):
         for name, side in sides.items():
-            for count in COUNTS:
+            for count in [count for count, calls in CALLS.items() for _ in range(calls)]:
                 embeds = rng.standard_normal((count, WIDTH), dtype=np.float32)
                 taken = seconds(lambda side=side, embeds=embeds: side(embeds), "cpu")
                 if turn >= 3:  # the first turns are the warm-up

@@ -226,11 +226,13 @@ class DemonstrationSelector:
                 num_shots=num_shots,
                 num_beams=num_beams,
             )
-            rows = zip(queries[part], pools[part], chosen.sequences[:, 0].tolist(), chosen.scores[:, 0], strict=True)
+            rows = zip(
+                queries[part], pools[part], chosen.sequences[:, 0].tolist(), chosen.scores[:, 0].tolist(), strict=True
+            )
             for query, pool, sequence, score in rows:
                 order = to_prompt_order([pool[i] for i in sequence if i >= 0], self.construct_order)
                 shown, among = tuple(self.candidates[i] for i in order), tuple(self.candidates[i] for i in pool)
-                picked.append(Selection(query, shown, float(score), among))
+                picked.append(Selection(query, shown, score, among))
         return picked
 
     def _embedded(

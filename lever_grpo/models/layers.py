@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 def take_rows(encoded: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
     """Rows (B, …, H) of `encoded` (B, K, H) at the positions `picks` (B, …), by a look-up, whose backward is several
     times as fast as that of `gather`."""
-    if not encoded.stride(0):  # all queries have the same rows: no copies of them
+    if len(encoded) == 1 or not encoded.stride(0):  # all queries have the same rows: no copies of them
         return F.embedding(picks, encoded[0])
     first = torch.arange(len(encoded), device=picks.device) * encoded.shape[1]  # (B,)
     return F.embedding(picks + first.view(-1, *[1] * (picks.dim() - 1)), encoded.flatten(0, 1))
+
+
+def softmax_over(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Shares of the candidates by their logits (B, N, K), 0 where `mask` (B, K) is false; without one, all count."""
+    return (logits if mask is None else logits.masked_fill(~mask.unsqueeze(1), -math.inf)).softmax(-1)
 
 
 class Attention(nn.Module):
@@ -43,25 +48,25 @@ class Attention(nn.Module):
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, length, H / heads)
 
-    def attend(self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if x.shape[1] == 1 and type(self.k_proj) is type(self.v_proj) is nn.Linear:  # no adapter on them
             return self.o_proj(self._attend_once(self._heads(self.q_proj(x)).squeeze(2), context, mask))
         attended = F.scaled_dot_product_attention(
             self._heads(self.q_proj(x)),
             self._heads(self.k_proj(context)),
             self._heads(self.v_proj(context)),
-            attn_mask=mask[:, None, None],  # (B, 1, 1, K)
+            attn_mask=None if mask is None else mask[:, None, None],  # (B, 1, 1, K)
         )
         return self.o_proj(attended.transpose(1, 2).flatten(-2))  # (B, length, H)
 
-    def _attend_once(self, query: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _attend_once(self, query: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """What the heads of one token see, (B, 1, H); `query` is (B, heads, H / heads)."""
         keys, values = (p.weight.unflatten(0, (self.num_heads, -1)) for p in (self.k_proj, self.v_proj))
-        asked = torch.einsum("bhd,hdw->bhw", query, keys)  # (B, heads, H)
+        asked = (query.transpose(0, 1) @ keys).transpose(0, 1)  # (B, heads, H)
         scores = asked @ context.transpose(1, 2) + (query * self._bias(self.k_proj)).sum(-1, keepdim=True)
-        weights = (scores / math.sqrt(query.shape[-1])).masked_fill(~mask.unsqueeze(1), -math.inf).softmax(-1)
-        seen = torch.einsum("bhw,hdw->bhd", weights @ context, values) + self._bias(self.v_proj)
-        return seen.flatten(1).unsqueeze(1)
+        weights = softmax_over(scores / math.sqrt(query.shape[-1]), mask)
+        seen = ((weights @ context).transpose(0, 1) @ values.transpose(1, 2)).transpose(0, 1)  # (B, heads, H / heads)
+        return (seen + self._bias(self.v_proj)).flatten(1).unsqueeze(1)
 
     def _bias(self, linear: nn.Linear) -> torch.Tensor:
         return linear.bias.unflatten(0, (self.num_heads, -1))  # (heads, H / heads)
@@ -79,7 +84,7 @@ class AttentionLayer(Attention):
         self.output_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         x = self.attention_norm(x + self.dropout(self.attend(x, context, mask)))
         return self.output_norm(x + self.dropout(self.down_proj(F.gelu(self.up_proj(x)))))  # (B, length, H)
 

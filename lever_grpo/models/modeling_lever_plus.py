@@ -41,7 +41,7 @@ class PoolAttention(Attention):
         super().__init__(config.hidden_dim, config.num_attention_heads)
         self.norm = nn.LayerNorm(config.hidden_dim)
 
-    def forward(self, query: torch.Tensor, candidates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, candidates: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return self.norm(query + self.attend(query, candidates, mask))  # (B, 1, H)
 
 

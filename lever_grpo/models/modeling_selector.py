@@ -79,7 +79,7 @@ class Pools:
     candidates: CandidateEncoding
     indices: torch.Tensor | None  # (B, K) rows of the shared candidates, if not all of them
     mask: torch.Tensor  # (B, K) bool
-    attendable: torch.Tensor  # (B, K) bool, at least one candidate each
+    attendable: torch.Tensor | None  # (B, K) bool, at least one candidate each; None where all of all pools are
     prior: PriorEncoding | None
 
     @property
@@ -216,7 +216,7 @@ class SelectorModel(PreTrainedModel):
             embeds = embeds.masked_fill(~candidate_mask.bool().unsqueeze(-1), 0.0)
         if candidate_mask is None:
             pool = embeds.shape[-2] if candidate_indices is None else candidate_indices.shape[1]
-            mask = attendable = query_embeds.new_ones(batch, pool, dtype=torch.bool)
+            mask, attendable = query_embeds.new_ones(batch, pool, dtype=torch.bool), None
         else:
             mask = candidate_mask.bool()
             # a query without candidates (padding of a batch) attends to anything: its steps are masked by the caller

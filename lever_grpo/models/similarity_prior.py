@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .configuration_selector import SelectorConfig
-from .layers import take_rows
+from .layers import softmax_over, take_rows
 
 
 GAIN = 16.0  # a power of two: multiplying and dividing by it is exact
@@ -19,7 +21,7 @@ GAIN = 16.0  # a power of two: multiplying and dividing by it is exact
 class PriorEncoding:
     """What the prior computes once per query."""
 
-    cosines: torch.Tensor  # (B, K, P) of each pair of features
+    cosines: torch.Tensor  # (B, P, K) of each pair of features
     first: torch.Tensor  # (B, K) logits of the first pick
     later: torch.Tensor  # (B, K) logits of the later picks, before what was picked is taken in
     redundancy: torch.Tensor  # (B, K, K) what row j, once picked, adds to the logits of each candidate
@@ -121,25 +123,29 @@ class SimilarityPrior(nn.Module):
         self,
         query: dict[str, torch.Tensor],  # of `query_vectors`, (B, D)
         candidates: dict[str, torch.Tensor],  # of `candidate_vectors`, (B, K, D) or (U, D)
-        candidate_mask: torch.Tensor,  # (B, K), at least one candidate each
+        candidate_mask: torch.Tensor | None,  # (B, K), at least one candidate each
         candidate_indices: torch.Tensor | None,  # (B, K)
     ) -> PriorEncoding:
-        with torch.autocast(candidate_mask.device.type, enabled=False):  # as above
-            batch = len(candidate_mask)
+        with torch.autocast(self.mix.device.type, enabled=False):  # as above
+            batch = len(next(iter(query.values())))
             candidates = {
-                name: x.expand(batch, -1, -1) if candidate_indices is None else x[candidate_indices]
+                name: x.expand(batch, -1, -1) if candidate_indices is None else F.embedding(candidate_indices, x)
                 for name, x in candidates.items()
             }  # (B, K, D)
-            cosines = torch.stack(
-                [(candidates[c] @ query[q].unsqueeze(-1)).squeeze(-1) for q, c in self.pairs], dim=-1
-            )  # (B, K, P)
-            scale = self.log_scale.exp()
-            logits = (GAIN * cosines @ self.mix.T * scale).transpose(1, 2)  # (B, 2, K): first pick, later picks
-            likeness = torch.stack([x @ x.transpose(1, 2) for x in candidates.values()], dim=-1)  # (B, K, K, F)
-            near = (self.log_sharpness.exp() * logits[:, :1]).masked_fill(~candidate_mask.unsqueeze(1), -math.inf)
-            votes = near.softmax(-1) @ (likeness @ (GAIN * self.agreement))  # (B, 1, K)
-            first, later = (logits + scale.unsqueeze(-1) * votes).unbind(1)  # (B, K) each
-            return PriorEncoding(cosines, first, later, scale[1] * (likeness @ (GAIN * self.redundancy)))
+            cosines = torch.cat(
+                [query[q].unsqueeze(1) @ candidates[c].transpose(1, 2) for q, c in self.pairs], dim=1
+            )  # (B, P, K)
+            scale = self.log_scale.exp().unsqueeze(-1)
+            logits = (GAIN * scale * self.mix) @ cosines  # (B, 2, K): first pick, later picks
+            share = softmax_over(self.log_sharpness.exp() * logits[:, :1], candidate_mask)  # (B, 1, K)
+            likeness = [x @ x.transpose(1, 2) for x in candidates.values()]  # (B, K, K) each
+            votes = self._weighted(self.agreement, [share @ part for part in likeness])  # (B, 1, K)
+            first, later = (logits + scale * votes).unbind(1)  # (B, K) each
+            return PriorEncoding(cosines, first, later, self._weighted(scale[1] * self.redundancy, likeness))
+
+    def _weighted(self, weights: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Sum of what there is of each of the candidates' features, times its weight."""
+        return reduce(add, (weight * part for weight, part in zip(GAIN * weights, parts, strict=True)))
 
     def forward(self, encoding: PriorEncoding, picks: torch.Tensor) -> torch.Tensor:
         """Logits (B, G, K) after `picks` (B, G, t); (B, 1, K) before the first."""
