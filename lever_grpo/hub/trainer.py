@@ -54,7 +54,9 @@ class HubTrainer(Trainer):
 
     def _make_repository(self, token: Any, private: Any) -> None:
         hub_api()  # the base class asks by the same session
-        super().init_hf_repo(token, private)
+        if private is not None:
+            self.args.hub_private_repo = private  # from where all versions of the base class take it
+        super().init_hf_repo(token)
 
     def _warn_of(self, error: BaseException) -> None:
         logger.warning(
