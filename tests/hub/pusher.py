@@ -153,7 +153,7 @@ def push_everything(paths: dict) -> dict:
     (folder / "plain" / "README.md").unlink()
     (folder / "plain" / "README.md").mkdir()
     before = weights_of(trainer.model)
-    seen["pushed_without_card"] = trainer.push_to_hub("Without a card")
+    seen["pushed_without_card"] = trainer.push_to_hub("Without a card", private=True)
     seen["said_without_card"] = said_since(records, start)
     seen["card_changes_nothing"] = same(weights_of(trainer.model), before)
     (folder / "plain" / "README.md").rmdir()

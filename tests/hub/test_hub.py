@@ -221,6 +221,7 @@ def test_a_card_that_fails(pushed, hub):
     repository = hub.repositories["models", "me/plain"]
     (oid,) = [oid for oid, message in repository.commits if message == "Without a card"]
     assert "model.safetensors" in repository.trees[oid] and "README.md" not in repository.trees[oid]
+    assert repository.private
 
 
 def test_nothing_to_push(pushed, hub):
