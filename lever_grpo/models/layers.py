@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
     def attend(self, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if x.shape[1] == 1 and type(self.k_proj) is type(self.v_proj) is nn.Linear:  # no adapter on them
-            return self.o_proj(self._attend_once(self._heads(self.q_proj(x)).squeeze(2), context, mask))
+            return self.o_proj(self._attend_once(self.q_proj(x), context, mask))
         attended = F.scaled_dot_product_attention(
             self._heads(self.q_proj(x)),
             self._heads(self.k_proj(context)),
@@ -60,8 +60,10 @@ class Attention(nn.Module):
         return self.o_proj(attended.transpose(1, 2).flatten(-2))  # (B, length, H)
 
     def _attend_once(self, query: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """What the heads of one token see, (B, 1, H); `query` is (B, heads, H / heads)."""
-        keys, values = (p.weight.unflatten(0, (self.num_heads, -1)) for p in (self.k_proj, self.v_proj))
+        """What the heads of one token see, (B, 1, H), by its projection, of the same shape."""
+        heads, width = self.num_heads, query.shape[-1]
+        query = query.view(-1, heads, width // heads)  # (B, heads, H / heads)
+        keys, values = (p.weight.view(heads, -1, width) for p in (self.k_proj, self.v_proj))  # (heads, H / heads, H)
         asked = (query.transpose(0, 1) @ keys).transpose(0, 1)  # (B, heads, H)
         scores = asked @ context.transpose(1, 2) + (query * self._bias(self.k_proj)).sum(-1, keepdim=True)
         weights = softmax_over(scores / math.sqrt(query.shape[-1]), mask)
@@ -69,7 +71,7 @@ class Attention(nn.Module):
         return (seen + self._bias(self.v_proj)).flatten(1).unsqueeze(1)
 
     def _bias(self, linear: nn.Linear) -> torch.Tensor:
-        return linear.bias.unflatten(0, (self.num_heads, -1))  # (heads, H / heads)
+        return linear.bias.view(self.num_heads, -1)  # (heads, H / heads)
 
 
 class AttentionLayer(Attention):
@@ -138,5 +140,5 @@ class StateUpdate(nn.Module):
             pick_reset, pick_gate, pick_proposal = from_pick.chunk(3, dim=-1)
             gate = state_gate + pick_gate
             proposal = pick_proposal + torch.sigmoid(state_reset + pick_reset) * state_proposal
-        gate = torch.sigmoid(gate)
-        return self.norm(gate * state + (1 - gate) * torch.tanh(proposal))  # (B, G, H)
+        proposal = torch.tanh(proposal)
+        return self.norm(proposal + torch.sigmoid(gate) * (state - proposal))  # (B, G, H)
