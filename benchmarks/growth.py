@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> dict:
 
 def plot(report: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     figure, axes = plt.subplots(1, len(report["rows"]), figsize=(3 * len(report["rows"]), 3), layout="constrained")
     for axis, (name, row) in zip(axes, report["rows"].items(), strict=True):
@@ -135,8 +136,11 @@ def plot(report: dict, path: Path) -> None:
         if row["memory_exponent"] is not None:
             axis.loglog(row["sizes"], [value / 2**20 for value in row["kept_bytes"]], "s--", label="kept, MiB")
         axis.set(xlabel=name, title=f"time ~ {name}^{row['time_exponent']:.2f}")
+        # numbers where less than a decade has no power of ten to show
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.6)))
         axis.set_xticks(row["sizes"], [str(size) for size in row["sizes"]])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
     axes[0].legend()
     figure.savefig(path, dpi=120)
 

@@ -124,7 +124,7 @@ class PointerSelector(SelectorModel):
         """How each candidate relates to the query: its prior logit within the pool and its cosines, (B, K, P + 1)."""
         prior = pools.prior
         assert prior is not None
-        mask = torch.ones_like(pools.mask) if pools.attendable is None else pools.attendable
+        mask = pools.mask if pools.attendable is None else pools.attendable
         logits = torch.where(mask, prior.first, 0.0)
         logits = prior.first - logits.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
         return torch.cat([logits.unsqueeze(-1), 5.0 * prior.cosines.transpose(1, 2)], dim=-1).detach()

@@ -79,7 +79,7 @@ class Pools:
     candidates: CandidateEncoding
     indices: torch.Tensor | None  # (B, K) rows of the shared candidates, if not all of them
     mask: torch.Tensor  # (B, K) bool
-    attendable: torch.Tensor | None  # (B, K) bool, at least one candidate each; None where all of all pools are
+    attendable: torch.Tensor | None  # (B, K) bool, at least one candidate each; None where no pool is padded
     prior: PriorEncoding | None
 
     @property
