@@ -25,8 +25,8 @@ ALLOWED = 0.7  # of the committed ratio
 SIZES = ["-G", "5", "16", "-S", "2", "4", "-K", "64", "--repeats", "3"]
 QUICK = {
     "step": (step, SIZES),
-    "loop": (loop, ["--groups", "1024", "--repeats", "3"]),
-    "log": (log, ["--sizes", "24000", "--fewer", "4", "--repeats", "2", "--speed-only"]),
+    "loop": (loop, ["--groups", "1024", "--repeats", "2"]),
+    "log": (log, ["--sizes", "16000", "--fewer", "4", "--repeats", "2", "--speed-only"]),
 }
 SELECTIONS = 30
 
