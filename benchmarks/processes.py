@@ -64,6 +64,7 @@ def work(folder: Path, groups: int, batch: int) -> None:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         result = {"seconds": (ends[-1] - ends[0]) / (len(ends) - 1), "losses": losses}
         (folder / f"result-{world}.json").write_text(json.dumps(result))
+    trainer.accelerator.end_training()
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -189,6 +189,8 @@ def _add_with_config(
 
 def _run_with_config(args: argparse.Namespace) -> int:
     """Reads the options of such a command and runs it, here or in the processes of `accelerate_config`."""
+    from accelerate import PartialState
+
     from .pipeline.launch import CommandArguments, launch
     from .pipeline.parsing import read_values, to_dataclasses
     from .scorers import ScorerError
@@ -201,9 +203,11 @@ def _run_with_config(args: argparse.Namespace) -> int:
         if options.launches:
             return launch(args.name, args.arguments, options)
     try:
-        return args.command(*to_dataclasses(classes, values))
+        code = args.command(*to_dataclasses(classes, values))
     except (ImportError, ScorerError) as error:
         raise ValueError(error) from error  # something to install or to mend
+    PartialState().destroy_process_group()  # a process that ends with its threads at work may abort, its work done
+    return code
 
 
 def _stdout_to_stderr(wanted: bool) -> contextlib.AbstractContextManager:

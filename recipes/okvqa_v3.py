@@ -8,9 +8,12 @@ Without `--beam_data` it runs on the packaged sample; with it, `--embeddings` na
 
 import sys
 
+from accelerate import PartialState
+
 from lever_grpo import GroupBeamGRPOConfig
 from lever_grpo.pipeline import parse, run
 
 
 if __name__ == "__main__":
     run(*parse(sys.argv[1:], GroupBeamGRPOConfig))
+    PartialState().destroy_process_group()  # a process that ends with its threads at work may abort, its work done

@@ -263,6 +263,7 @@ def test_two_processes_give_the_same(task, tmp_path):
         "from lever_grpo.pipeline.evaluate import EvaluateArguments, evaluate\n"
         "evaluate(EvaluateArguments(**json.loads(sys.argv[2])), Reader())\n"
         "assert PartialState().num_processes == 2\n"
+        "PartialState().destroy_process_group()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

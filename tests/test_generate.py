@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from accelerate import PartialState
 
 from lever_grpo import PointerSelector, PointerSelectorConfig
 from lever_grpo.cli import main
@@ -484,3 +485,4 @@ def test_queries_that_are_not_there(task, tmp_path, options, message):
 if __name__ == "__main__":  # what each of the two processes runs
     folder = Path(sys.argv[2])
     generate(make(sys.argv[1], folder / "out"), Known(folder / f"calls{os.environ['RANK']}"))
+    PartialState().destroy_process_group()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from transformers import AutoProcessor
 
@@ -99,7 +100,9 @@ def run_script(path: str, arguments: list[str], folder: str, errors: str) -> Non
     logging.basicConfig(stream=sys.stderr, force=True)
     os.chdir(folder)
     sys.argv = [path, *arguments]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     runpy.run_path(path, run_name="__main__")
+    assert not torch.distributed.is_initialized(), "a process that ends within a group may abort"
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -76,3 +76,4 @@ if __name__ == "__main__":  # what each of the two processes runs
     result = train_on(Path(sys.argv[1]) / "two", sharded=True)
     if int(os.environ["RANK"]) == 0:
         Path(sys.argv[1], "result.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()

@@ -137,3 +137,4 @@ if __name__ == "__main__":  # what each of the two processes runs
     result = train_on(Path(sys.argv[1]) / "two", size=4)
     if int(os.environ["RANK"]) == 0:
         Path(sys.argv[1], "result.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
