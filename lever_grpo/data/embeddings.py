@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import torch
 
 from .records import BeamDataError
 
@@ -238,18 +239,18 @@ class EmbeddingStore:
         """
         rows = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
         self.check_ids(rows)
-        out = np.empty((len(rows), self.width(names)), dtype=np.float32)
-        start = 0
-        for name in names:
-            array = self._arrays[name]
-            part = out[:, start : start + array.shape[1]]
-            with np.errstate(over="ignore", invalid="ignore"):
-                part[:] = array[self._index[name][rows] if name in self._index else rows]
-                total = part.sum(dtype=np.float64)  # in which the sum of finite numbers is finite
-            if not np.isfinite(total):
-                _refuse_rows(name, np.unique(rows[~np.isfinite(part).all(axis=1)]))
-            start += array.shape[1]
-        return out
+        out = torch.empty(len(rows), self.width(names))
+        for name, part in zip(names, out.split([self.widths[name] for name in names], dim=1), strict=True):
+            taken = self._arrays[name][self._index[name][rows] if name in self._index else rows]
+            if not taken.dtype.isnative or taken.dtype.itemsize > 8:  # no types of torch
+                with np.errstate(over="ignore"):
+                    taken = taken.astype(np.float32)
+            part.copy_(torch.from_numpy(taken))  # from float16 five times as fast as numpy
+            if not part.sum().isfinite():  # or large numbers
+                bad = ~part.isfinite().all(1).numpy()
+                if bad.any():
+                    _refuse_rows(name, np.unique(rows[bad]))
+        return out.numpy()
 
     def check_ids(self, ids: np.ndarray) -> None:
         """Raise an error that names the ids that have no row."""

@@ -25,6 +25,7 @@ from ..objectives import (
     step_entropy,
     tied_groups,
 )
+from ..objectives.policy_losses import WEIGHTED_LOSS_TYPES
 from .callbacks import CurriculumCallback, KLBetaCallback, PolicyControl, TemperatureCallback
 from .group_beam_grpo_config import GroupBeamGRPOConfig
 from .group_table import CollatorWithCandidateIds, GroupTableCallback, group_rows
@@ -207,7 +208,9 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             baseline_shift=args.baseline_shift,
             batch_std=self._batch_std,
         )  # (B, G)
-        weights = compute_softmax_weights(rewards, args.loss_temperature, compared)  # (B, G)
+        weights = None  # (B, G)
+        if args.loss_type in WEIGHTED_LOSS_TYPES:
+            weights = compute_softmax_weights(rewards, args.loss_temperature, compared)
         tensors = (output.log_probs, old_log_probs, advantages, step_mask, beam_mask, weights)
         losses, stats = self._policy_loss(*tensors)  # (B,)
         self._tabulate(model, inputs, rewards, output, beam_mask, advantages=advantages, tensors=tensors)
@@ -283,7 +286,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
     @torch.no_grad()
     def _old_log_probs(self, inputs: dict[str, Any], temperature: float) -> Tensor | None:
         """log π_old of the logged steps (B, G, T); `None` where it is the policy itself or the loss has no ratio."""
-        if self._on_policy or self.args.loss_type in ("rwr", "listwise_kl", "asymre"):
+        if self._on_policy or self.args.loss_type in (*WEIGHTED_LOSS_TYPES, "asymre"):
             return None
         with self.accelerator.autocast():
             return self.policy(self.old_policy, inputs, temperature=temperature).log_probs

@@ -32,6 +32,17 @@ def test_gather_puts_features_side_by_side_in_float32(store):
     assert len(store) == 6 and store.widths == {"question": 4, "image": 3} and store.width(["image", "question"]) == 7
 
 
+@pytest.mark.parametrize("dtype", ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", np.longdouble])
+def test_every_float_is_gathered(tmp_path, dtype):
+    large = np.full((6, 2), 3e38) if np.dtype(dtype).itemsize > 2 else np.full((6, 2), 6e4)  # their sum is infinite
+    given = {"question": QUESTION.astype(dtype), "large": large.astype(dtype)}
+    for name, array in given.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    for store in (EmbeddingStore(given), EmbeddingStore.open(tmp_path)):
+        rows = store.gather([1, 4], ["large", "question"])
+        np.testing.assert_array_equal(rows, np.concatenate([large, QUESTION], axis=1)[[1, 4]].astype(np.float32))
+
+
 def test_pickled_store_gives_the_same_rows(store):
     again = pickle.loads(pickle.dumps(store))
     np.testing.assert_array_equal(
