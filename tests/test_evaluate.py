@@ -153,6 +153,39 @@ def test_a_selector_that_sees_the_rows_is_judged_by_them(task, tmp_path):
         assert shown == [row.id for row in expected.demonstrations]
 
 
+def save_similarity(folder, *names) -> str:
+    """A selector that picks the nearest by some embeddings, which its config has in this order."""
+    widths = dict.fromkeys(names, 8)
+    config = PointerSelectorConfig(
+        query_features=widths, candidate_features=widths, encoder="none", similarity_prior=True,
+        prior_pairs={f"{names[0]}:{names[0]}": 1.0}, prior_rank=0,
+    )  # fmt: skip
+    PointerSelector(config).save_pretrained(folder)
+    return f"{folder.name}={folder}"
+
+
+def test_each_selector_sees_the_embeddings_of_its_own_config(task, tmp_path):
+    orders = {"q": ("question",), "i": ("image",), "qi": ("question", "image"), "iq": ("image", "question")}
+    selectors = [save_similarity(tmp_path / name, *order) for name, order in orders.items()]
+    for features in (["question"], ["question", "image"], ["image", "question"]):  # of the baselines
+        options = {"query_features": features, "candidate_features": features, "selectors": selectors}
+        arguments = EvaluateArguments(**{**task, **options})
+        queries = load_queries(arguments)
+        picks = make_picks(arguments, queries, 2)
+        for name, (first, *_) in orders.items():
+            nearest = mmr_picks(queries.dataset, queries.store, [first], 2, trade_off=1.0)
+            pools = zip(queries.dataset["candidate_ids"], nearest.tolist(), strict=True)
+            assert picks[name][0] == [[pool[i] for i in reversed(chosen)] for pool, chosen in pools]
+
+
+@pytest.mark.parametrize("held", [{"image": 8}, {"question": 4, "image": 8}])
+def test_a_selector_that_reads_other_embeddings_is_named(task, tmp_path, held):
+    save_file({n: np.ones((ROWS, w), np.float32) for n, w in held.items()}, task["embeddings"])
+    options = {"selectors": [save_similarity(tmp_path / "q", "question")], "baselines": ["random"]}
+    with pytest.raises(ValueError, match="selector q=.*q reads 'question' of width 8 .*, and the embeddings are {"):
+        evaluate(EvaluateArguments(**{**task, **options}), Reader())
+
+
 SHOTS = (1, 2, 3, 4, 6, 8)
 
 

@@ -37,7 +37,7 @@ from ..data.pools import PoolSource
 from ..inference import best_logged, choose, mixed_picks, mmr_picks, random_picks
 from ..inference.answering import Answered, Question, answer_questions, read_answers
 from ..metrics import token_f1
-from ..models import ClipSelector, load_selector
+from ..models import ClipSelector, SelectorConfig, load_selector
 from ..report import MethodResult, build_report, print_report, stack_seeds, write_html, write_report
 from ..scorers import Scorer
 from ..search import answer_accuracy, make_judge
@@ -58,7 +58,7 @@ Picks = dict[str, list[list[list[int]]]]  # method -> seeds (or draws) -> querie
 
 @dataclass
 class Queries:
-    """What is asked: queries with their pools, the embeddings that selectors see, the rows."""
+    """What is asked: queries with their pools, the embeddings and which of them baselines see, the rows."""
 
     dataset: Dataset
     store: EmbeddingStore
@@ -155,7 +155,7 @@ def _evaluate(arguments: EvaluateArguments, scorer: Scorer | None, state: Partia
 
 
 def load_queries(arguments: EvaluateArguments) -> Queries:
-    """The queries of the log or of the pools, and how selectors see them."""
+    """The queries of the log or of the pools, and how baselines see them."""
     rows = {row.id: row for row in load_rows(arguments)}
     sample = None
     if arguments.task_file is None and arguments.questions is None and arguments.task in list_samples():
@@ -214,7 +214,7 @@ def make_picks(arguments: EvaluateArguments, queries: Queries, num_shots: int) -
                 f"baselines has {name!r}, which the data do not allow with {num_shots} shots; leave it out."
             )
     for name, paths in arguments.seeds_of.items():
-        found[name] = [selector_picks(path, queries, num_shots) for path in paths]
+        found[name] = [selector_picks(name, path, queries, num_shots) for path in paths]
     pools = list(dataset["candidate_ids"])
     return {
         name: [
@@ -228,15 +228,30 @@ def make_picks(arguments: EvaluateArguments, queries: Queries, num_shots: int) -
     }
 
 
-def selector_picks(path: str, queries: Queries, num_shots: int) -> NDArray[np.int64]:
-    """Pool positions in search order, (Q, S), that a selector chooses by embeddings or, one with encoders of its own,
-    by the rows."""
-    selector, collator = load_selector(path), queries.collator
-    if not isinstance(selector, ClipSelector):
-        return choose(selector, queries.dataset, collator, num_shots, min_shots=1)
-    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    raw = DataCollatorForRawBeams(list(queries.rows.values()), processor, selector.config.modalities)
-    return choose(selector, queries.dataset, raw, num_shots, min_shots=1)
+def selector_picks(name: str, path: str, queries: Queries, num_shots: int) -> NDArray[np.int64]:
+    """Pool positions in search order, (Q, S), that a selector chooses by the embeddings that it was trained with or,
+    one with encoders of its own, by the rows."""
+    selector = load_selector(path)
+    collator: DataCollatorForBeams | DataCollatorForRawBeams
+    if isinstance(selector, ClipSelector):
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        collator = DataCollatorForRawBeams(list(queries.rows.values()), processor, selector.config.modalities)
+    else:
+        collator = selector_collator(selector.config, queries.store, f"selector {name}={path}")
+    return choose(selector, queries.dataset, collator, num_shots, min_shots=1)
+
+
+def selector_collator(config: SelectorConfig, store: EmbeddingStore, selector: str) -> DataCollatorForBeams:
+    """Batches of what a selector reads, by the names and in the order of its config: of a wrong embedding that is as
+    wide it would make picks too, and nobody would notice."""
+    for side in ("query_features", "candidate_features"):
+        for name, width in getattr(config, side).items():
+            if store.widths.get(name) != width:
+                raise ValueError(
+                    f"{selector} reads {name!r} of width {width} ({side}={getattr(config, side)}), and the embeddings "
+                    f"are {store.widths}; give those that it was trained with, or leave the selector out."
+                )
+    return DataCollatorForBeams(store, tuple(config.query_features), tuple(config.candidate_features))
 
 
 def baseline_picks(

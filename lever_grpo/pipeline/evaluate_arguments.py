@@ -43,7 +43,8 @@ class EvaluateArguments(TaskArguments, FrozenModelArguments):
             (all features that both sides share), `mix` (text and image in turn), `mmr` (similarity with diversity),
             `oracle` (the best sequence of the log).
         query_features, candidate_features, similarity_features (`list[str]`, *optional*):
-            As in [`RecipeArguments`].
+            What baselines see, as in [`RecipeArguments`]; an evaluation shows a selector the embeddings that its own
+            config names.
         metrics (`list[str]`, *optional*, defaults to `["accuracy", "log_prob"]`):
             What answers are judged by: `accuracy`, `log_prob` (of the right answer, a token), `token_f1`, or, for
             captions, `cider`.
