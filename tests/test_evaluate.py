@@ -344,6 +344,34 @@ def test_pools_without_a_log(task, tmp_path):
     assert "oracle" not in methods and "grpo" in methods
 
 
+def pools_of(task, pools) -> dict:
+    """The task with pools of a file instead of its log."""
+    path = Path(task["log"]).with_name("pools.json")
+    path.write_text(json.dumps(pools))
+    return {**task, "log": None, "candidate_pools": str(path)}
+
+
+def test_a_pool_gives_no_answer_away(task, caplog):
+    rows = [row | {"entity": f"about {row['id'] % 5}"} for row in map(json.loads, open(task["task_file"]))]
+    rows[3].pop("entity"), rows[4].pop("entity")  # about nothing: not about the same thing
+    Path(task["task_file"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pools = {0: [20, 0, 21, 22], 1: [21, 20, 22], 2: [20, 22, 21, 23, 27], 3: [4, 20, 21]}
+    queries = load_queries(EvaluateArguments(**pools_of(task, pools)))
+    assert queries.dataset["candidate_ids"][:] == [[21, 22], [20, 22], [20, 21, 23], [4, 20, 21]]
+    assert "3 pools held the query itself, or rows about the same thing" in caplog.text
+    assert "those of queries 0, 1, 2;" in caplog.text
+
+
+def test_pools_of_other_queries_are_named(task, caplog):
+    other = {query: [20, 21] for query in range(90, 97)}
+    queries = load_queries(EvaluateArguments(**pools_of(task, {0: [20, 21], **other})))
+    assert queries.dataset["query_id"][:] == [0]
+    assert "7 of 8 pools are of queries that are no rows of the task" in caplog.text
+    assert "not used: 90, 91, 92, 93, 94, …" in caplog.text
+    with pytest.raises(ValueError, match=r"found 7 of other queries, \[90, .*; do both files belong together"):
+        load_queries(EvaluateArguments(**pools_of(task, other)))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -351,6 +379,8 @@ def test_pools_without_a_log(task, tmp_path):
         ({"selectors": ["random=x"]}, "none of"),
         ({"num_shots": [0]}, "numbers from 1 on"),
         ({"num_shots": [7]}, "smallest pool has 6"),
+        ({"num_queries": 0}, "num_queries=0 must be at least 1"),
+        ({"num_queries": -3}, "num_queries=-3 must be at least 1"),
         ({"baselines": ["best"]}, "must be of"),
         ({"metrics": ["bleu"]}, "must be of accuracy, log_prob, token_f1, cider"),
         ({"log": None}, "have no pools"),

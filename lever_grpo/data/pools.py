@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +100,25 @@ class PoolSource:
     >>> pools = PoolSource({7: [3, 1, 4]})
     >>> pools(7), pools(8)
     ([3, 1, 4], None)
+    >>> list(pools)
+    [7]
 
     ```
     """
 
     def __init__(self, source: str | Path | Mapping[Any, Sequence[int]]):
         self.source = source
-        self._pools: dict[int, array[int]] | None = None
 
     def __call__(self, query_id: int) -> list[int] | None:
-        if self._pools is None:
-            self._pools = self._read()
         pool = self._pools.get(query_id)
         return None if pool is None else pool.tolist()
 
-    def _read(self) -> dict[int, array[int]]:
+    def __iter__(self) -> Iterator[int]:
+        """Ids of the queries that have a pool."""
+        return iter(self._pools)
+
+    @cached_property
+    def _pools(self) -> dict[int, array[int]]:
         # arrays: a list of numbers takes five times the memory
         if isinstance(self.source, Mapping):
             where = Where("candidate_pools", "the dict")

@@ -164,14 +164,7 @@ def load_queries(arguments: EvaluateArguments) -> Queries:
     if store is None:
         raise ValueError("selectors and similarity see rows through embeddings: name those of the task by embeddings.")
     if arguments.candidate_pools is not None:
-        source = PoolSource(arguments.candidate_pools)
-        pools = {query: pool for query in rows if (pool := source(query)) is not None}
-        dataset = Dataset.from_list(
-            [
-                {"query_id": query, "candidate_ids": list(pool), "sequences": [[0]], "scores": [0.0]}
-                for query, pool in pools.items()
-            ]
-        )
+        dataset = given_pools(arguments.candidate_pools, rows)
     else:
         path = arguments.log or (sample and sample.heldout)
         if path is None:
@@ -187,10 +180,52 @@ def load_queries(arguments: EvaluateArguments) -> Queries:
     smallest = min(map(len, dataset["candidate_ids"]))
     if smallest < max(arguments.num_shots):
         raise ValueError(
-            f"num_shots={arguments.num_shots}: the smallest pool has {smallest} candidates; ask for fewer shots."
+            f"num_shots={arguments.num_shots}: the smallest pool has {smallest} candidates; ask for fewer shots "
+            "or give larger pools."
         )
     collator, similarity = make_collator(arguments, store, sample)
     return Queries(dataset, store, collator, similarity, rows)
+
+
+def given_pools(path: str, rows: Mapping[int, Example]) -> Dataset:
+    """The pools of a file, without what gives the answer away: the query itself, and rows about the same thing, which
+    no sampler of pools takes either."""
+    source = PoolSource(path)
+    pools = {query: pool for query in rows if (pool := source(query)) is not None}
+    strange = sorted(set(source) - rows.keys())
+    if not pools:
+        raise ValueError(
+            f"candidate_pools={path!r}: expected pools of rows of the task, found {len(strange)} of other queries, "
+            f"{strange[:5]}; do both files belong together?"
+        )
+    if strange:
+        logger.warning(
+            "%s: %d of %d pools are of queries that are no rows of the task, and not used: %s",
+            path, len(strange), len(strange) + len(pools), _some(strange),
+        )  # fmt: skip
+
+    def leaks(query: int, candidate: int) -> bool:
+        about = rows[query].entity
+        return candidate == query or candidate in rows and about is not None and rows[candidate].entity == about
+
+    clean = {query: [i for i in pool if not leaks(query, i)] for query, pool in pools.items()}
+    leaky = [query for query, pool in clean.items() if len(pool) < len(pools[query])]
+    if leaky:
+        logger.warning(
+            "%s: %d pools held the query itself, or rows about the same thing, which were taken out: those of queries "
+            "%s; check the candidate sampler",
+            path, len(leaky), _some(leaky),
+        )  # fmt: skip
+    return Dataset.from_list(
+        [
+            {"query_id": query, "candidate_ids": pool, "sequences": [[0]], "scores": [0.0]}
+            for query, pool in clean.items()
+        ]
+    )
+
+
+def _some(ids: list[int]) -> str:
+    return ", ".join(map(str, ids[:5])) + ", …" * (len(ids) > 5)
 
 
 def make_judges(metrics: Iterable[str], rows: Iterable[Example]) -> dict[str, Judge]:

@@ -32,7 +32,8 @@ class EvaluateArguments(TaskArguments, FrozenModelArguments):
             Beam log of the queries, for their pools and the best logged sequences; default: the held-out queries of
             the sample's task.
         candidate_pools (`str`, *optional*):
-            A file with the pools, instead of a log.
+            A file with the pools, instead of a log. A query is taken out of its own pool, and so are rows about the
+            same thing.
         num_queries (`int`, *optional*):
             Queries to use, drawn with the seed; default all.
         num_shots (`list[int]`, *optional*, defaults to `[1, 2]`):
@@ -111,9 +112,10 @@ class EvaluateArguments(TaskArguments, FrozenModelArguments):
     def __post_init__(self) -> None:
         TaskArguments.__post_init__(self)
         FrozenModelArguments.__post_init__(self)
-        for name in ("random_draws", "batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("random_draws", "batch_size", "max_new_tokens", "num_queries"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
         if not self.num_shots or min(self.num_shots) < 1:
             raise ValueError(f"num_shots={self.num_shots}: name numbers from 1 on; zero-shot is a row of each table.")
         if not self.metrics or set(self.metrics) - METRICS.keys():
