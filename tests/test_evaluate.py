@@ -377,6 +377,8 @@ def test_pools_of_other_queries_are_named(task, caplog):
     [
         ({"selectors": ["grpo"]}, "expected name=path"),
         ({"selectors": ["random=x"]}, "none of"),
+        ({"selectors": ["prior_minus_answers=x"]}, "'prior_minus_answers' must not have '_minus'"),
+        ({"selectors": ["prior_minus=x"]}, "'prior_minus' must not have '_minus'"),
         ({"num_shots": [0]}, "numbers from 1 on"),
         ({"num_shots": [7]}, "smallest pool has 6"),
         ({"num_queries": 0}, "num_queries=0 must be at least 1"),

@@ -138,6 +138,11 @@ class EvaluateArguments(TaskArguments, FrozenModelArguments):
                     f"selectors={selector!r}: expected name=path, the name of letters, digits and _, and none of "
                     f"{', '.join(BASELINES)}."
                 )
+            if "_minus_" in f"{name}_":
+                raise ValueError(
+                    f"selectors={selector!r}: the name {name!r} must not have '_minus' as a word, which in reports "
+                    "stands between the two of a difference; give it another name."
+                )
             seeds.setdefault(name, []).append(path)
         return seeds
 
