@@ -313,6 +313,24 @@ def test_queries_that_cannot_be_asked_are_left_out_for_all(task):
         evaluate(EvaluateArguments(**{**task, "overwrite": True}), Reader(cannot=set(range(QUERIES))))
 
 
+def test_a_query_that_stands_twice_in_the_log_may_fail_in_one_of_its_pools(task):
+    log = Path(task["log"])
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    first = records[3]["candidate_ids"]
+    records.append(records[3] | {"candidate_ids": [i for i in range(QUERIES, ROWS) if i not in first][:POOL]})
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    class Picky(Reader):
+        def score(self, prompts):
+            bad = [p.query.id == 3 and any(d.id in first for d in p.demonstrations) for p in prompts]
+            return [None if b else score for b, score in zip(bad, super().score(prompts), strict=True)]
+
+    evaluation = evaluate(EvaluateArguments(**task), Picky())
+    assert evaluation["metrics"]["accuracy"]["2"]["n_queries"] == QUERIES
+    assert "1 of 13 queries are left out" in evaluation["notes"][0] and "[3]" in evaluation["notes"][0]
+    assert [query["query_id"] for query in evaluation["gallery"]] == [*range(3), *range(4, QUERIES), 3]
+
+
 def test_answers_of_another_model_are_not_mixed(task):
     class Other(Reader):
         def describe(self):

@@ -335,11 +335,11 @@ def _evaluation(
         if found.text is not None and found.log_prob is not None and np.isfinite(found.log_prob)
     }
     ids = list(queries.dataset["query_id"])
-    asked = {
-        query: {(query, tuple(seed[i])) for methods in picks.values() for seeds in methods.values() for seed in seeds}
+    asked = [  # by group: a log may have several of a query
+        {(query, tuple(seed[i])) for methods in picks.values() for seeds in methods.values() for seed in seeds}
         for i, query in enumerate(ids)
-    }
-    kept = [i for i, query in enumerate(ids) if asked[query] <= worth.keys()]
+    ]
+    kept = [i for i, questions in enumerate(asked) if questions <= worth.keys()]
     notes = []
     if len(kept) < len(ids):
         failed = [query for i, query in enumerate(ids) if i not in set(kept)]
