@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from small_clip import WIDTH, make_clip, make_processor
+from small_clip import WIDTH, make_clip, make_processor, png
 
 from lever_grpo import DemonstrationSelector, PointerSelector, PointerSelectorConfig
 from lever_grpo.cli import main
@@ -329,6 +329,22 @@ def test_a_query_that_stands_twice_in_the_log_may_fail_in_one_of_its_pools(task)
     assert evaluation["metrics"]["accuracy"]["2"]["n_queries"] == QUERIES
     assert "1 of 13 queries are left out" in evaluation["notes"][0] and "[3]" in evaluation["notes"][0]
     assert [query["query_id"] for query in evaluation["gallery"]] == [*range(3), *range(4, QUERIES), 3]
+
+
+def test_a_broken_image_is_not_shown_and_stops_nothing(task, tmp_path):
+    rows = [json.loads(line) | {"image": "whole.png"} for line in open(task["task_file"])]
+    (tmp_path / "whole.png").write_bytes(png(1, 0, 0))
+    (tmp_path / "broken.png").write_bytes(png(1, 0, 0)[:40])
+    pool = json.loads(Path(task["log"]).read_text().splitlines()[0])["candidate_ids"]
+    rows[3]["image"] = rows[pool[0]]["image"] = "broken.png"
+    Path(task["task_file"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = evaluate(EvaluateArguments(**task, num_shots=[POOL]), Reader())
+    note = f"images of 2 rows cannot be read and are not shown: 3, {pool[0]}."
+    assert note in evaluation["notes"] and note in files(task["output_dir"])["report.html"].decode()
+    shown = {query["query_id"]: query["image"] for query in evaluation["gallery"]}
+    assert [query for query, image in shown.items() if image is None] == [3]
+    demonstrations = evaluation["gallery"][0]["picks"][str(POOL)]["grpo"]["demonstrations"]
+    assert [row["id"] for row in demonstrations if row["image"] is None] == [pool[0]]
 
 
 def test_answers_of_another_model_are_not_mixed(task):

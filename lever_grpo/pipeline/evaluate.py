@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from ..inference.answering import Answered, Question, answer_questions, read_ans
 from ..metrics import token_f1
 from ..models import ClipSelector, SelectorConfig, load_selector
 from ..report import MethodResult, build_report, print_report, stack_seeds, write_html, write_report
+from ..report.html import image_uri
 from ..scorers import Scorer
 from ..search import answer_accuracy, make_judge
 from ..search.judges import Judge
@@ -370,9 +371,27 @@ def _evaluation(
                 sections={"Notes": "\n".join(notes)} if notes else None,
             )
     title = f"{task}: answers with the chosen demonstrations"
-    gallery = _gallery(queries, picks, answers, worth, kept[: arguments.gallery_queries])
+    shown = kept[: arguments.gallery_queries]
+    chosen = {j for i in shown for methods in picks.values() for seeds in methods.values() for j in seeds[0][i]}
+    broken = broken_images(queries.rows[i] for i in sorted(chosen | {ids[i] for i in shown}))
+    if broken:  # a text model has answered all the same: the page goes without them
+        notes.append(f"images of {len(broken)} rows cannot be read and are not shown: {_some(list(broken))}.")
+        logger.warning("%s The first: %s", notes[-1], next(iter(broken.values())))
+    gallery = _gallery(queries, picks, answers, worth, shown, broken)
     settings |= {"random_draws": arguments.random_draws, "seed": arguments.seed, "selectors": arguments.selectors}
     return {"title": title, "settings": settings, "notes": notes, "metrics": metrics, "gallery": gallery}
+
+
+def broken_images(rows: Iterable[Example]) -> dict[int, str]:
+    """Why images cannot be shown, by row id."""
+    reasons = {}
+    for row in rows:
+        if row.image is not None:
+            try:
+                image_uri(row.image)
+            except (OSError, ValueError) as error:
+                reasons[row.id] = str(error)
+    return reasons
 
 
 def _gallery(
@@ -381,12 +400,17 @@ def _gallery(
     answers: Mapping[Question, Answered],
     worth: Mapping[Question, Mapping[str, Any]],
     shown: list[int],
+    broken: Collection[int],
 ) -> list[dict[str, Any]]:
-    """Queries with what each method chose (the first seed's or draw's choice) and what the model made of it."""
+    """Queries with what each method chose (the first seed's or draw's choice) and what the model made of it; rows of
+    `broken` have no image."""
     ids = list(queries.dataset["query_id"])
 
+    def image(row: Example) -> Path | bytes | None:
+        return None if row.id in broken else row.image
+
     def about(row: Example) -> dict[str, Any]:
-        return {"id": row.id, "question": row.question, "answer": row.answers[0], "image": row.image}
+        return {"id": row.id, "question": row.question, "answer": row.answers[0], "image": image(row)}
 
     gallery = []
     for i in shown:
@@ -402,7 +426,7 @@ def _gallery(
                     **worth[question],
                 }
         gallery.append(
-            {"query_id": row.id, "question": row.question, "answers": list(row.answers), "image": row.image}
+            {"query_id": row.id, "question": row.question, "answers": list(row.answers), "image": image(row)}
             | {"picks": chosen}
         )
     return gallery
