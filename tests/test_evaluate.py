@@ -286,6 +286,16 @@ def test_goes_on_after_a_kill(task, tmp_path):
     assert files(task["output_dir"]) == files(whole)
 
 
+def test_goes_on_where_a_file_of_answers_was_deleted(task):
+    evaluate(EvaluateArguments(**task), Reader())
+    before = files(task["output_dir"])
+    kept = sorted((Path(task["output_dir"]) / "answers").glob("*.jsonl"))
+    kept[1].unlink()
+    asked = []
+    evaluate(EvaluateArguments(**task), Reader(asked))
+    assert len(asked) == task["batch_size"] and files(task["output_dir"]) == before
+
+
 def test_two_processes_give_the_same(task, tmp_path):
     one = evaluate(EvaluateArguments(**{**task, "output_dir": str(tmp_path / "one")}), Reader())
     script = tmp_path / "both.py"

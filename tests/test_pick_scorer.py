@@ -89,6 +89,21 @@ def test_each_sequence_is_asked_about_once_also_by_a_run_that_goes_on(logs, plan
     assert silent.asked == []
 
 
+def test_no_file_of_scores_is_overwritten_where_another_was_deleted(logs, planted, tmp_path):
+    log = logs[1]["validation", "log_prob"]
+    picks = [[4, 0, 1], [2, 3, 4], [1, 2, 0]]
+    scorer = PickScorer(log, pools_of(log), PlantedScorer(planted.embeddings))
+    scorer.keep_in(tmp_path)
+    scorer([TRAIN], picks[:1]), scorer([TRAIN], picks[1:2])
+    (tmp_path / "0-00000.jsonl").unlink()
+    scorer([TRAIN], picks[2:])
+    silent = Counting(planted.embeddings)
+    again = PickScorer(log, pools_of(log), silent)
+    again.keep_in(tmp_path)
+    again([TRAIN, TRAIN], picks[1:])
+    assert silent.asked == []
+
+
 def recipe_of(logs, **options):
     folder, made = logs
     return RecipeArguments(

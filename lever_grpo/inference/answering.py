@@ -46,6 +46,12 @@ def read_answers(folder: str | Path) -> dict[Question, Answered]:
     return found
 
 
+def next_number(folder: Path, prefix: str) -> int:
+    """That of the next file of a process: above all that are there, of which some may have been deleted."""
+    numbers = (path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*.jsonl"))
+    return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
+
+
 def answer_questions(
     questions: Iterable[Question],
     rows: Mapping[int, Example],
@@ -102,7 +108,7 @@ def answer_questions(
     folder.mkdir(parents=True, exist_ok=True)
     known = read_answers(folder)
     new = [question for question in dict.fromkeys(questions) if question not in known]
-    number = len(list(folder.glob(f"{prefix}*.jsonl")))
+    number = next_number(folder, prefix)
     with tqdm(total=len(new), unit=" prompts", desc="answers", disable=disable_tqdm) as progress:
         for start in range(0, len(new), batch_size):
             batch = new[start : start + batch_size]

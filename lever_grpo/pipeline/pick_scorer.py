@@ -17,7 +17,7 @@ from ..data.examples import Example
 from ..data.orders import to_prompt_order
 from ..data.readers import local_files
 from ..hub.logs import MANIFEST_FILE
-from ..inference.answering import Question
+from ..inference.answering import Question, next_number
 from ..scorers import Prompt, Scorer
 from ..scorers.scores import mean_log_prob
 from ..search import SearchConfig
@@ -125,8 +125,7 @@ class PickScorer:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._agree(self._folder)
             prefix = f"{PartialState().process_index}-"
-            path = self._folder / f"{prefix}{len(list(self._folder.glob(f'{prefix}*.jsonl'))):05d}.jsonl"
-            with atomic_file(path) as stream:
+            with atomic_file(self._folder / f"{prefix}{next_number(self._folder, prefix):05d}.jsonl") as stream:
                 for (query, shown), score in found.items():  # a NaN becomes null
                     record = {"query_id": query, "demonstrations": shown, "log_prob": score}
                     stream.write(orjson.dumps(record) + b"\n")
