@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,8 @@ class DemonstrationSelector:
                 Candidates that the selector sees of each query; all if there are fewer.
             sampler (`str`, *optional*, defaults to `"text_sim"`), ratios (`dict[str, float]`, *optional*), seed:
                 How pools are retrieved, see [`sample_pools`]: by the features `question` and `image`, or by what both
-                sides share where there is no such.
+                sides share where there is no such. What is random depends on `seed` and the query's id (its
+                `external_id`, if it has one), whatever else is asked for in the call.
             embeddings (`EmbeddingStore`, *optional*):
                 Features of the queries, row `i` those of `queries[i]`, instead of the encoders.
             num_beams (`int`, *optional*, defaults to `1`):
@@ -302,12 +304,21 @@ class DemonstrationSelector:
         candidates = self._samplers[shared]
         ids = [self._known.get((query.id, query.question), first + i) for i, query in enumerate(queries)]
         entities = {i: query.entity for i, query in zip(ids, queries, strict=True) if query.entity is not None}
-        hidden = max(len(out) for out in candidates.left_out(ids, entities))
+        left_out = candidates.left_out(ids, entities)
+        hidden = max(map(len, left_out))
         if not hidden and pool_size >= first:  # all of them: nothing to retrieve
             return [list(range(first))] * len(queries)
         size = min(pool_size, max(first - hidden, 1))
         rows = _retrieved_by(store, shared)
-        return candidates.pools(sampler, ids, size, seed=seed, ratios=ratios, entities=entities, **rows)
+        numbers = [_number(query) for query in queries]
+        return candidates.pools(sampler, numbers, size, seed=seed, ratios=ratios, left_out=left_out, **rows)
+
+
+def _number(query: Example) -> int:
+    """What the query's random choices are seeded by: the same in every call, so no position."""
+    if query.external_id is None:
+        return query.id
+    return int.from_bytes(hashlib.sha256(query.external_id.encode()).digest()[:8], "big") >> 1  # an id at most
 
 
 def _retrieved_by(store: EmbeddingStore, shared: Sequence[str]) -> dict[str, Any]:

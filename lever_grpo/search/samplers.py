@@ -181,7 +181,7 @@ class PoolSampler:
         text: NDArray | None = None,
         image: NDArray | None = None,
         ratios: Mapping[str, float] | None = None,
-        entities: Mapping[int, str] | None = None,
+        left_out: list[NDArray[np.int64]] | None = None,
         allow_empty: bool = False,
         cache_dir: str | os.PathLike | None = None,
     ) -> list[list[int]]:
@@ -190,11 +190,13 @@ class PoolSampler:
 
         Args:
             query_ids (`list[int]`):
-                Row ids; that of the candidate, if a query is one.
+                Row ids; that of the candidate, if a query is one. With `left_out` they say only what each query's
+                generator is seeded by.
             text, image (`np.ndarray`, *optional*):
                 Embeddings of the queries, (Q, width), in their order.
-            entities (`dict[int, str]`, *optional*):
-                What queries are about, by row id; by default what the sampler was told.
+            left_out (`list[np.ndarray]`, *optional*):
+                For each query the positions of the candidates that its pool must not have, ascending; by default that
+                of the query itself, and those of its entity.
             method, pool_size, seed, ratios, allow_empty, cache_dir:
                 As in [`sample_pools`], as are the errors.
 
@@ -208,20 +210,20 @@ class PoolSampler:
         sides = {name: {"text_sim": text, "image_sim": image}[name] for name in shares if name != "random"}
         neighbours = {name: self._neighbours_by(name) for name in sides}
         asked = {name: _checked(name.removesuffix("_sim"), rows, queries) for name, rows in sides.items()}
-        left_out = self.left_out(queries, entities)
-        short = _short(queries, self.ids, left_out, pool_size, allow_empty)
-        queries, left_out = queries[~short], [out for out, few in zip(left_out, short, strict=True) if not few]
+        hidden = self.left_out(queries) if left_out is None else left_out
+        short = _short(queries, self.ids, hidden, pool_size, allow_empty)
+        queries, hidden = queries[~short], [out for out, few in zip(hidden, short, strict=True) if not few]
         asked = {name: rows[~short] for name, rows in asked.items()}
         path = None
         if cache_dir is not None:
             about = (method, shares, pool_size, seed, len(self.ids) > EXACT_LIMIT)
             features = {name: (rows, neighbours[name].given) for name, rows in asked.items()}
-            path = Path(cache_dir, f"pools-{_fingerprint(about, queries, self.ids, left_out, features)}.json")
+            path = Path(cache_dir, f"pools-{_fingerprint(about, queries, self.ids, hidden, features)}.json")
         if path is not None and path.exists():
             pools = _read_pools(path, len(queries), pool_size)
         else:
-            rankings = {name: neighbours[name].nearest(rows, left_out, pool_size) for name, rows in asked.items()}
-            pools = _choose(shares, rankings, queries, self.ids, left_out, pool_size, seed)
+            rankings = {name: neighbours[name].nearest(rows, hidden, pool_size) for name, rows in asked.items()}
+            pools = _choose(shares, rankings, queries, self.ids, hidden, pool_size, seed)
             if path is not None:
                 with atomic_file(path) as stream:
                     stream.write(json.dumps(pools).encode())

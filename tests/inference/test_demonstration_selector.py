@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -266,6 +267,19 @@ def test_pools(checkpoint):
     one, same, other = (selector.select([query], 2, pool_size=3, sampler="random", seed=seed) for seed in (0, 0, 3))
     assert one == same and one != other
     assert selector.select([]) == []
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_random_pools_do_not_depend_on_the_other_queries(named):
+    selector = DemonstrationSelector(network())
+    selector.set_candidates(rows(30), store(30))
+    # ids that are texts have positions as row ids, and these are others in every file
+    first, query = [replace(row, external_id=f"q{row.id}") if named else row for row in rows(2, 50)]
+    again = replace(query, id=0) if named else query
+    options = {"pool_size": 4, "sampler": "random"}
+    other, among = selector.select([first, query], **options, embeddings=store(2))
+    (alone,) = selector.select([again], **options, embeddings=store(1))
+    assert among.pool == alone.pool != other.pool
 
 
 def test_what_is_missing_is_named():
