@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,8 @@ class DemonstrationSelector:
         self.construct_order = construct_order
         self.candidates: list[Example] = []
         self._store: EmbeddingStore | None = None
+        self._known: defaultdict[Any, list[int]] = defaultdict(list)  # positions by what rows are recognised by
+        self._about: defaultdict[str | None, list[int]] = defaultdict(list)  # and by entity
         self._samplers: dict[tuple[str, ...], PoolSampler] = {}
 
     @classmethod
@@ -158,8 +161,11 @@ class DemonstrationSelector:
         self._encoding = self.selector.encode_candidates(torch.from_numpy(found).to(self.selector.device))
         self.candidates, self._store, self._samplers = list(candidates), store, {}
         # a query that is a candidate too, or about the same thing as some, must not see these
-        self._known = {(row.id, row.question): i for i, row in enumerate(candidates)}
-        self._entities = {i: row.entity for i, row in enumerate(candidates) if row.entity is not None}
+        self._known, self._about = defaultdict(list), defaultdict(list)
+        for i, row in enumerate(candidates):
+            for key in _known_by(row, row.external_id is not None):
+                self._known[key].append(i)
+            self._about[row.entity].append(i)
 
     @torch.inference_mode()
     def select(
@@ -180,8 +186,11 @@ class DemonstrationSelector:
 
         Args:
             queries (`list[Example]`):
-                The queries; their answers are not looked at. A candidate with the query's id, or about the query's
-                entity, is not in its pool.
+                The queries; their answers are not looked at. A candidate with the query's id, whatever its question,
+                or about the query's entity is not in its pool. The id is the `external_id` where there is one, as row
+                ids are then mere positions, else the row id; `7` and `"7"` are the same. Of a row with and a row
+                without `external_id`, the same row id and question (case and spaces aside) count as well: copies lose
+                it easily. The same question alone does not, as it may be about another image.
             num_shots (`int`, *optional*, defaults to `2`):
                 Number of demonstrations; of a selector that may stop, the most.
             pool_size (`int`, *optional*, defaults to `64`):
@@ -300,11 +309,9 @@ class DemonstrationSelector:
         first = len(self.candidates)
         if shared not in self._samplers:
             rows = _retrieved_by(self._store, shared)
-            self._samplers[shared] = PoolSampler(range(first), entities=self._entities, **rows)
+            self._samplers[shared] = PoolSampler(range(first), **rows)
         candidates = self._samplers[shared]
-        ids = [self._known.get((query.id, query.question), first + i) for i, query in enumerate(queries)]
-        entities = {i: query.entity for i, query in zip(ids, queries, strict=True) if query.entity is not None}
-        left_out = candidates.left_out(ids, entities)
+        left_out = [self._left_out(query) for query in queries]
         hidden = max(map(len, left_out))
         if not hidden and pool_size >= first:  # all of them: nothing to retrieve
             return [list(range(first))] * len(queries)
@@ -312,6 +319,23 @@ class DemonstrationSelector:
         rows = _retrieved_by(store, shared)
         numbers = [_number(query) for query in queries]
         return candidates.pools(sampler, numbers, size, seed=seed, ratios=ratios, left_out=left_out, **rows)
+
+    def _left_out(self, query: Example) -> NDArray[np.int64]:
+        """Positions of candidates that the query must not see, ascending: itself, and rows about the same thing."""
+        itself = [i for key in _known_by(query, query.external_id is None) for i in self._known.get(key, ())]
+        entities = {self.candidates[i].entity for i in itself} if query.entity is None else {query.entity}
+        about = [i for entity in entities - {None} for i in self._about.get(entity, ())]
+        return np.unique(np.array(itself + about, np.int64))
+
+
+def _known_by(row: Example, named: bool) -> tuple[str, tuple[bool, int, str]]:
+    """
+    By what a row is recognised: its id in the files, as text, and its row id with its question. The latter is to match
+    only where one of two rows has an external id and the other has none: candidates say in `named` whether they have
+    one, queries whether they have none.
+    """
+    name = str(row.id) if row.external_id is None else row.external_id
+    return name, (named, row.id, " ".join(row.question.casefold().split()))
 
 
 def _number(query: Example) -> int:

@@ -210,7 +210,7 @@ class PoolSampler:
         sides = {name: {"text_sim": text, "image_sim": image}[name] for name in shares if name != "random"}
         neighbours = {name: self._neighbours_by(name) for name in sides}
         asked = {name: _checked(name.removesuffix("_sim"), rows, queries) for name, rows in sides.items()}
-        hidden = self.left_out(queries) if left_out is None else left_out
+        hidden = self._left_out(queries) if left_out is None else left_out
         short = _short(queries, self.ids, hidden, pool_size, allow_empty)
         queries, hidden = queries[~short], [out for out, few in zip(hidden, short, strict=True) if not few]
         asked = {name: rows[~short] for name, rows in asked.items()}
@@ -231,14 +231,11 @@ class PoolSampler:
             pools.insert(position, [])
         return pools
 
-    def left_out(
-        self, query_ids: Sequence[int] | NDArray[np.int64], entities: Mapping[int, str] | None = None
-    ) -> list[NDArray[np.int64]]:
+    def _left_out(self, queries: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """For each query the positions of candidates that its pool must not have: itself, and rows of its entity."""
-        queries = np.asarray(query_ids, np.int64)
         result = []
         for query, position in zip(queries.tolist(), np.searchsorted(self.ids, queries).tolist(), strict=True):
-            entity = (entities or {}).get(query, self._entities.get(query))
+            entity = self._entities.get(query)
             out = _NOBODY if entity is None else self._about.get(entity, _NOBODY)
             itself = self.ids[position : position + 1] == query  # one row, or none behind the last
             result.append(np.union1d(out, position) if itself.any() else out)
