@@ -194,7 +194,7 @@ class DemonstrationSelector:
             num_shots (`int`, *optional*, defaults to `2`):
                 Number of demonstrations; of a selector that may stop, the most.
             pool_size (`int`, *optional*, defaults to `64`):
-                Candidates that the selector sees of each query; all if there are fewer.
+                Candidates that the selector sees of each query; all that it may see if these are fewer.
             sampler (`str`, *optional*, defaults to `"text_sim"`), ratios (`dict[str, float]`, *optional*), seed:
                 How pools are retrieved, see [`sample_pools`]: by the features `question` and `image`, or by what both
                 sides share where there is no such. What is random depends on `seed` and the query's id (its
@@ -210,8 +210,8 @@ class DemonstrationSelector:
             `list[Selection]`, in the order of the queries.
 
         Raises:
-            ValueError: if there are no candidates, a feature has neither embeddings nor an encoder, or a selector that
-                embeds rows itself is given embeddings.
+            ValueError: if there are no candidates or none that a query may see, a feature has neither embeddings nor
+                an encoder, or a selector that embeds rows itself is given embeddings.
         """
         if self._store is None:
             raise ValueError("there are no candidates to pick from; call set_candidates first.")
@@ -225,14 +225,20 @@ class DemonstrationSelector:
         device = self.selector.device
         for start in range(0, len(queries), batch_size):
             part = slice(start, start + batch_size)
-            if len(pools[0]) == len(self.candidates):  # the pools of a call are of one size: each has all
+            sizes = torch.tensor([len(pool) for pool in pools[part]], device=device)
+            longest, mask = int(sizes.max()), None
+            if sizes.min() == len(self.candidates):  # each has all
                 candidates, indices = self._encoding, None
-            else:  # what several pools have goes to the selector once
-                used, indices = torch.tensor(pools[part], device=device).unique(return_inverse=True)
+            else:  # what several pools have goes to the selector once; padding is what a pool has anyway
+                padded = [pool + pool[:1] * (longest - len(pool)) for pool in pools[part]]  # (B, K)
+                used, indices = torch.tensor(padded, device=device).unique(return_inverse=True)
                 candidates = self._encoding.rows(used)
+                if sizes.min() < longest:
+                    mask = torch.arange(longest, device=device) < sizes[:, None]  # (B, K)
             chosen: Any = self.selector.select(
                 embeds[part].to(device),
                 candidates,
+                mask,
                 candidate_indices=indices,
                 num_shots=num_shots,
                 num_beams=num_beams,
@@ -308,17 +314,33 @@ class DemonstrationSelector:
         shared = tuple(name for name in store.names if self._store.widths.get(name) == store.widths[name])
         first = len(self.candidates)
         if shared not in self._samplers:
-            rows = _retrieved_by(self._store, shared)
+            rows = _retrieved_by(self._store, shared, range(first))
             self._samplers[shared] = PoolSampler(range(first), **rows)
-        candidates = self._samplers[shared]
         left_out = [self._left_out(query) for query in queries]
-        hidden = max(map(len, left_out))
-        if not hidden and pool_size >= first:  # all of them: nothing to retrieve
-            return [list(range(first))] * len(queries)
-        size = min(pool_size, max(first - hidden, 1))
-        rows = _retrieved_by(store, shared)
-        numbers = [_number(query) for query in queries]
-        return candidates.pools(sampler, numbers, size, seed=seed, ratios=ratios, left_out=left_out, **rows)
+        by_size: dict[int, list[int]] = defaultdict(list)  # what is hidden from one query is no matter of the others
+        for i, (query, out) in enumerate(zip(queries, left_out, strict=True)):
+            if len(out) == first:
+                raise ValueError(
+                    f"query {query.external_id or query.id}: all {first} candidates are the query itself or about its "
+                    "entity, and these are never shown to it; give candidates about other things."
+                )
+            by_size[min(pool_size, first - len(out))].append(i)
+        pools = [list(range(first))] * len(queries)
+        for size, places in by_size.items():
+            if size == first:  # all of them: nothing to retrieve
+                continue
+            found = self._samplers[shared].pools(
+                sampler,
+                [_number(queries[i]) for i in places],
+                size,
+                seed=seed,
+                ratios=ratios,
+                left_out=[left_out[i] for i in places],
+                **_retrieved_by(store, shared, places),
+            )
+            for i, pool in zip(places, found, strict=True):
+                pools[i] = pool
+        return pools
 
     def _left_out(self, query: Example) -> NDArray[np.int64]:
         """Positions of candidates that the query must not see, ascending: itself, and rows about the same thing."""
@@ -345,11 +367,11 @@ def _number(query: Example) -> int:
     return int.from_bytes(hashlib.sha256(query.external_id.encode()).digest()[:8], "big") >> 1  # an id at most
 
 
-def _retrieved_by(store: EmbeddingStore, shared: Sequence[str]) -> dict[str, Any]:
-    """Rows (N, width) by which pools are retrieved."""
+def _retrieved_by(store: EmbeddingStore, shared: Sequence[str], places: Sequence[int]) -> dict[str, Any]:
+    """Rows (N, width) of N places by which pools are retrieved."""
     text = ["question"] if "question" in shared else [name for name in shared if name != "image"]
     sides = {"text": text, "image": [name for name in shared if name == "image"]}
-    return {side: store.gather(np.arange(len(store)), names) if names else None for side, names in sides.items()}
+    return {side: store.gather(places, names) if names else None for side, names in sides.items()}
 
 
 def write_selections(selections: Sequence[Selection], path: str | Path) -> None:

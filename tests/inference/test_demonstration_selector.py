@@ -302,6 +302,23 @@ def test_a_query_without_entity_has_that_of_its_row():
     assert [sorted(row.id for row in pool) for pool in pools] == [[2, 3], [1, 2], [0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize("pool_size", [6, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_hidden_from_one_query_is_not_hidden_from_the_others(kind, pool_size):
+    selector = DemonstrationSelector(KINDS[kind]())
+    about = [replace(one, entity="dog" if one.id < 8 else "cat" if one.id < 11 else None) for one in rows(12)]
+    selector.set_candidates(about, store(12))
+    queries = [Example(50 + i, "what?", ("?",), entity=entity) for i, entity in enumerate(["dog", "cat", None])]
+    vectors = store(3, seed=1)
+    together = selector.select(queries, 3, pool_size=pool_size, embeddings=vectors)
+    assert [len(one.pool) for one in together] == [4, min(pool_size, 9), min(pool_size, 12)]
+    for i, one in enumerate(together):
+        own = EmbeddingStore({"question": vectors["question"][i : i + 1]})
+        (alone,) = selector.select(queries[i : i + 1], 3, pool_size=pool_size, embeddings=own)
+        assert (one.pool, one.demonstrations) == (alone.pool, alone.demonstrations)
+        assert one.log_prob == pytest.approx(alone.log_prob, rel=1e-4)
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_random_pools_do_not_depend_on_the_other_queries(named):
     selector = DemonstrationSelector(network())
@@ -325,6 +342,9 @@ def test_what_is_missing_is_named():
         selector.set_candidates(rows(3), store(2))
     with pytest.raises(ValueError, match="an id twice"):
         selector.set_candidates(rows(1) * 2, store(2))
+    selector.set_candidates(rows(1), store(1))
+    with pytest.raises(ValueError, match="query 0: all 1 candidates are the query itself"):
+        selector.select(rows(1), 1, embeddings=store(1))
 
 
 def test_a_query_of_another_file_is_recognised_by_its_text_id(checkpoint, tmp_path):
