@@ -20,7 +20,7 @@ from ..atomic import atomic_file
 from ..data import DataCollatorForRawBeams, EmbeddingStore, Example, to_prompt_order
 from ..models import ClipSelector, SelectorModel, load_selector
 from ..search.features import ENCODERS_FILE, MAPS_FILE, FeatureEncoder, FeatureMap, load_encoders
-from ..search.samplers import PoolSampler
+from ..search.samplers import PoolSampler, checked_shares
 
 
 ROWS_AT_A_TIME = 64  # of rows that a selector embeds itself
@@ -210,11 +210,12 @@ class DemonstrationSelector:
             `list[Selection]`, in the order of the queries.
 
         Raises:
-            ValueError: if there are no candidates or none that a query may see, a feature has neither embeddings nor
-                an encoder, or a selector that embeds rows itself is given embeddings.
+            ValueError: if there are no candidates or none that a query may see, an option is out of range, a feature
+                has neither embeddings nor an encoder, or a selector that embeds rows itself is given embeddings.
         """
         if self._store is None:
             raise ValueError("there are no candidates to pick from; call set_candidates first.")
+        checked_shares(sampler, ratios, pool_size, seed)  # here: a pool of all candidates is not sampled
         if not queries:
             return []
         config = self.selector.config

@@ -100,7 +100,7 @@ def sample_pools(
 
     ```
     """
-    shares = _shares(method, ratios)
+    shares = checked_shares(method, ratios, pool_size, seed)
     queries, candidates = _ids("query_ids", query_ids), np.sort(_ids("candidate_ids", candidate_ids))
 
     def rows_of(ids: NDArray[np.int64]) -> dict[str, Any]:
@@ -203,9 +203,7 @@ class PoolSampler:
         Returns:
             `list[list[int]]`: Candidate ids of each query.
         """
-        shares = _shares(method, ratios)
-        if pool_size < 1 or seed < 0:
-            raise ValueError(f"pool_size must be at least 1 and seed not negative, got {pool_size} and {seed}")
+        shares = checked_shares(method, ratios, pool_size, seed)
         queries = _ids("query_ids", query_ids)
         sides = {name: {"text_sim": text, "image_sim": image}[name] for name in shares if name != "random"}
         neighbours = {name: self._neighbours_by(name) for name in sides}
@@ -272,6 +270,37 @@ def parse_ratios(ratios: Sequence[str] | None) -> dict[str, float] | None:
         raise ValueError(f"ratios={ratios}: expected method=share, as text_sim=0.5.") from error
 
 
+def checked_shares(method: str, ratios: Mapping[str, float] | None, pool_size: int, seed: int) -> dict[str, float]:
+    """
+    Share of the pool by method, of options as [`sample_pools`] takes them.
+
+    Raises:
+        ValueError: if an option is out of range.
+
+    Example:
+
+    ```python
+    >>> from lever_grpo.search.samplers import checked_shares
+    >>> checked_shares("random", None, pool_size=4, seed=0)
+    {'random': 1.0}
+
+    ```
+    """
+    if pool_size < 1 or seed < 0:
+        raise ValueError(f"pool_size must be at least 1 and seed not negative, got {pool_size} and {seed}")
+    if method not in (*METHODS, "mix"):
+        raise ValueError(f"method must be one of {[*METHODS, 'mix']}, got {method!r}")
+    if (method == "mix") != (ratios is not None):
+        raise ValueError(f"ratios belong to method='mix' and to no other, got method={method!r} and ratios={ratios!r}")
+    shares = {method: 1.0} if ratios is None else dict(ratios)
+    unknown = [name for name in shares if name not in METHODS]
+    if unknown or not shares or not all(share >= 0 for share in shares.values()) or sum(shares.values()) > 1 + 1e-9:
+        raise ValueError(
+            f"ratios must be shares of {list(METHODS)}, not negative and at most 1 together, got {ratios!r}"
+        )
+    return shares
+
+
 def _choose(
     shares: Mapping[str, float],
     rankings: Mapping[str, list[NDArray[np.int64]]],
@@ -302,21 +331,6 @@ def _choose(
                     pool[position] = None
         pools.append(candidates[list(pool)].tolist())
     return pools
-
-
-def _shares(method: str, ratios: Mapping[str, float] | None) -> dict[str, float]:
-    """Share of the pool by method."""
-    if method not in (*METHODS, "mix"):
-        raise ValueError(f"method must be one of {[*METHODS, 'mix']}, got {method!r}")
-    if (method == "mix") != (ratios is not None):
-        raise ValueError(f"ratios belong to method='mix' and to no other, got method={method!r} and ratios={ratios!r}")
-    shares = {method: 1.0} if ratios is None else dict(ratios)
-    unknown = [name for name in shares if name not in METHODS]
-    if unknown or not shares or not all(share >= 0 for share in shares.values()) or sum(shares.values()) > 1 + 1e-9:
-        raise ValueError(
-            f"ratios must be shares of {list(METHODS)}, not negative and at most 1 together, got {ratios!r}"
-        )
-    return shares
 
 
 def _ids(name: str, values: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

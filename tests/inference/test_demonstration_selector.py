@@ -332,6 +332,23 @@ def test_random_pools_do_not_depend_on_the_other_queries(named):
     assert among.pool == alone.pool != other.pool
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "nearest"}, "method must be one of"),
+        ({"sampler": "mix"}, "ratios belong to method='mix'"),
+        ({"ratios": {"random": 1.0}}, "ratios belong to method='mix'"),
+        ({"sampler": "mix", "ratios": {"random": 2.0}}, "at most 1 together"),
+        ({"seed": -1}, "seed not negative"),
+    ],
+)
+def test_options_are_checked_where_the_pool_is_all_candidates(options, message):
+    selector = DemonstrationSelector(network())
+    selector.set_candidates(rows(3), store(3))
+    with pytest.raises(ValueError, match=message):
+        selector.select(rows(1, 50), 1, embeddings=store(1), **options)
+
+
 def test_what_is_missing_is_named():
     selector = DemonstrationSelector(network())
     with pytest.raises(ValueError, match="set_candidates first"):
