@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from ..atomic import atomic_file
 from ..data import DataCollatorForRawBeams, EmbeddingStore, Example, to_prompt_order
 from ..models import ClipSelector, SelectorModel, load_selector
 from ..search.features import ENCODERS_FILE, MAPS_FILE, FeatureEncoder, FeatureMap, load_encoders
-from ..search.samplers import PoolSampler
+from ..search.samplers import PoolSampler, checked_shares
 
 
 ROWS_AT_A_TIME = 64  # of rows that a selector embeds itself
@@ -99,6 +101,8 @@ class DemonstrationSelector:
         self.construct_order = construct_order
         self.candidates: list[Example] = []
         self._store: EmbeddingStore | None = None
+        self._known: defaultdict[Any, list[int]] = defaultdict(list)  # positions by what rows are recognised by
+        self._about: defaultdict[str | None, list[int]] = defaultdict(list)  # and by entity
         self._samplers: dict[tuple[str, ...], PoolSampler] = {}
 
     @classmethod
@@ -157,8 +161,11 @@ class DemonstrationSelector:
         self._encoding = self.selector.encode_candidates(torch.from_numpy(found).to(self.selector.device))
         self.candidates, self._store, self._samplers = list(candidates), store, {}
         # a query that is a candidate too, or about the same thing as some, must not see these
-        self._known = {(row.id, row.question): i for i, row in enumerate(candidates)}
-        self._entities = {i: row.entity for i, row in enumerate(candidates) if row.entity is not None}
+        self._known, self._about = defaultdict(list), defaultdict(list)
+        for i, row in enumerate(candidates):
+            for key in _known_by(row, row.external_id is not None):
+                self._known[key].append(i)
+            self._about[row.entity].append(i)
 
     @torch.inference_mode()
     def select(
@@ -179,15 +186,19 @@ class DemonstrationSelector:
 
         Args:
             queries (`list[Example]`):
-                The queries; their answers are not looked at. A candidate with the query's id, or about the query's
-                entity, is not in its pool.
+                The queries; their answers are not looked at. A candidate with the query's id, whatever its question,
+                or about the query's entity is not in its pool. The id is the `external_id` where there is one, as row
+                ids are then mere positions, else the row id; `7` and `"7"` are the same. Of a row with and a row
+                without `external_id`, the same row id and question (case and spaces aside) count as well: copies lose
+                it easily. The same question alone does not, as it may be about another image.
             num_shots (`int`, *optional*, defaults to `2`):
                 Number of demonstrations; of a selector that may stop, the most.
             pool_size (`int`, *optional*, defaults to `64`):
-                Candidates that the selector sees of each query; all if there are fewer.
+                Candidates that the selector sees of each query; all that it may see if these are fewer.
             sampler (`str`, *optional*, defaults to `"text_sim"`), ratios (`dict[str, float]`, *optional*), seed:
                 How pools are retrieved, see [`sample_pools`]: by the features `question` and `image`, or by what both
-                sides share where there is no such.
+                sides share where there is no such. What is random depends on `seed` and the query's id (its
+                `external_id`, if it has one), whatever else is asked for in the call.
             embeddings (`EmbeddingStore`, *optional*):
                 Features of the queries, row `i` those of `queries[i]`, instead of the encoders.
             num_beams (`int`, *optional*, defaults to `1`):
@@ -199,11 +210,12 @@ class DemonstrationSelector:
             `list[Selection]`, in the order of the queries.
 
         Raises:
-            ValueError: if there are no candidates, a feature has neither embeddings nor an encoder, or a selector that
-                embeds rows itself is given embeddings.
+            ValueError: if there are no candidates or none that a query may see, an option is out of range, a feature
+                has neither embeddings nor an encoder, or a selector that embeds rows itself is given embeddings.
         """
         if self._store is None:
             raise ValueError("there are no candidates to pick from; call set_candidates first.")
+        checked_shares(sampler, ratios, pool_size, seed)  # here: a pool of all candidates is not sampled
         if not queries:
             return []
         config = self.selector.config
@@ -214,14 +226,20 @@ class DemonstrationSelector:
         device = self.selector.device
         for start in range(0, len(queries), batch_size):
             part = slice(start, start + batch_size)
-            if len(pools[0]) == len(self.candidates):  # the pools of a call are of one size: each has all
+            sizes = torch.tensor([len(pool) for pool in pools[part]], device=device)
+            longest, mask = int(sizes.max()), None
+            if sizes.min() == len(self.candidates):  # each has all
                 candidates, indices = self._encoding, None
-            else:  # what several pools have goes to the selector once
-                used, indices = torch.tensor(pools[part], device=device).unique(return_inverse=True)
+            else:  # what several pools have goes to the selector once; padding is what a pool has anyway
+                padded = [pool + pool[:1] * (longest - len(pool)) for pool in pools[part]]  # (B, K)
+                used, indices = torch.tensor(padded, device=device).unique(return_inverse=True)
                 candidates = self._encoding.rows(used)
+                if sizes.min() < longest:
+                    mask = torch.arange(longest, device=device) < sizes[:, None]  # (B, K)
             chosen: Any = self.selector.select(
                 embeds[part].to(device),
                 candidates,
+                mask,
                 candidate_indices=indices,
                 num_shots=num_shots,
                 num_beams=num_beams,
@@ -297,24 +315,64 @@ class DemonstrationSelector:
         shared = tuple(name for name in store.names if self._store.widths.get(name) == store.widths[name])
         first = len(self.candidates)
         if shared not in self._samplers:
-            rows = _retrieved_by(self._store, shared)
-            self._samplers[shared] = PoolSampler(range(first), entities=self._entities, **rows)
-        candidates = self._samplers[shared]
-        ids = [self._known.get((query.id, query.question), first + i) for i, query in enumerate(queries)]
-        entities = {i: query.entity for i, query in zip(ids, queries, strict=True) if query.entity is not None}
-        hidden = max(len(out) for out in candidates.left_out(ids, entities))
-        if not hidden and pool_size >= first:  # all of them: nothing to retrieve
-            return [list(range(first))] * len(queries)
-        size = min(pool_size, max(first - hidden, 1))
-        rows = _retrieved_by(store, shared)
-        return candidates.pools(sampler, ids, size, seed=seed, ratios=ratios, entities=entities, **rows)
+            rows = _retrieved_by(self._store, shared, range(first))
+            self._samplers[shared] = PoolSampler(range(first), **rows)
+        left_out = [self._left_out(query) for query in queries]
+        by_size: dict[int, list[int]] = defaultdict(list)  # what is hidden from one query is no matter of the others
+        for i, (query, out) in enumerate(zip(queries, left_out, strict=True)):
+            if len(out) == first:
+                raise ValueError(
+                    f"query {query.external_id or query.id}: all {first} candidates are the query itself or about its "
+                    "entity, and these are never shown to it; give candidates about other things."
+                )
+            by_size[min(pool_size, first - len(out))].append(i)
+        pools = [list(range(first))] * len(queries)
+        for size, places in by_size.items():
+            if size == first:  # all of them: nothing to retrieve
+                continue
+            found = self._samplers[shared].pools(
+                sampler,
+                [_number(queries[i]) for i in places],
+                size,
+                seed=seed,
+                ratios=ratios,
+                left_out=[left_out[i] for i in places],
+                **_retrieved_by(store, shared, places),
+            )
+            for i, pool in zip(places, found, strict=True):
+                pools[i] = pool
+        return pools
+
+    def _left_out(self, query: Example) -> NDArray[np.int64]:
+        """Positions of candidates that the query must not see, ascending: itself, and rows about the same thing."""
+        itself = [i for key in _known_by(query, query.external_id is None) for i in self._known.get(key, ())]
+        entities = {self.candidates[i].entity for i in itself} if query.entity is None else {query.entity}
+        about = [i for entity in entities - {None} for i in self._about.get(entity, ())]
+        return np.unique(np.array(itself + about, np.int64))
 
 
-def _retrieved_by(store: EmbeddingStore, shared: Sequence[str]) -> dict[str, Any]:
-    """Rows (N, width) by which pools are retrieved."""
+def _known_by(row: Example, named: bool) -> tuple[str, tuple[bool, int, str]]:
+    """
+    By what a row is recognised: its id in the files, as text, and its row id with its question. The latter is to match
+    only where one of two rows has an external id and the other has none: candidates say in `named` whether they have
+    one, queries whether they have none.
+    """
+    name = str(row.id) if row.external_id is None else row.external_id
+    return name, (named, row.id, " ".join(row.question.casefold().split()))
+
+
+def _number(query: Example) -> int:
+    """What the query's random choices are seeded by: the same in every call, so no position."""
+    if query.external_id is None:
+        return query.id
+    return int.from_bytes(hashlib.sha256(query.external_id.encode()).digest()[:8], "big") >> 1  # an id at most
+
+
+def _retrieved_by(store: EmbeddingStore, shared: Sequence[str], places: Sequence[int]) -> dict[str, Any]:
+    """Rows (N, width) of N places by which pools are retrieved."""
     text = ["question"] if "question" in shared else [name for name in shared if name != "image"]
     sides = {"text": text, "image": [name for name in shared if name == "image"]}
-    return {side: store.gather(np.arange(len(store)), names) if names else None for side, names in sides.items()}
+    return {side: store.gather(places, names) if names else None for side, names in sides.items()}
 
 
 def write_selections(selections: Sequence[Selection], path: str | Path) -> None:

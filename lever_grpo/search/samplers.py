@@ -100,7 +100,7 @@ def sample_pools(
 
     ```
     """
-    shares = _shares(method, ratios)
+    shares = checked_shares(method, ratios, pool_size, seed)
     queries, candidates = _ids("query_ids", query_ids), np.sort(_ids("candidate_ids", candidate_ids))
 
     def rows_of(ids: NDArray[np.int64]) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class PoolSampler:
         text: NDArray | None = None,
         image: NDArray | None = None,
         ratios: Mapping[str, float] | None = None,
-        entities: Mapping[int, str] | None = None,
+        left_out: list[NDArray[np.int64]] | None = None,
         allow_empty: bool = False,
         cache_dir: str | os.PathLike | None = None,
     ) -> list[list[int]]:
@@ -190,38 +190,38 @@ class PoolSampler:
 
         Args:
             query_ids (`list[int]`):
-                Row ids; that of the candidate, if a query is one.
+                Row ids; that of the candidate, if a query is one. With `left_out` they say only what each query's
+                generator is seeded by.
             text, image (`np.ndarray`, *optional*):
                 Embeddings of the queries, (Q, width), in their order.
-            entities (`dict[int, str]`, *optional*):
-                What queries are about, by row id; by default what the sampler was told.
+            left_out (`list[np.ndarray]`, *optional*):
+                For each query the positions of the candidates that its pool must not have, ascending; by default that
+                of the query itself, and those of its entity.
             method, pool_size, seed, ratios, allow_empty, cache_dir:
                 As in [`sample_pools`], as are the errors.
 
         Returns:
             `list[list[int]]`: Candidate ids of each query.
         """
-        shares = _shares(method, ratios)
-        if pool_size < 1 or seed < 0:
-            raise ValueError(f"pool_size must be at least 1 and seed not negative, got {pool_size} and {seed}")
+        shares = checked_shares(method, ratios, pool_size, seed)
         queries = _ids("query_ids", query_ids)
         sides = {name: {"text_sim": text, "image_sim": image}[name] for name in shares if name != "random"}
         neighbours = {name: self._neighbours_by(name) for name in sides}
         asked = {name: _checked(name.removesuffix("_sim"), rows, queries) for name, rows in sides.items()}
-        left_out = self.left_out(queries, entities)
-        short = _short(queries, self.ids, left_out, pool_size, allow_empty)
-        queries, left_out = queries[~short], [out for out, few in zip(left_out, short, strict=True) if not few]
+        hidden = self._left_out(queries) if left_out is None else left_out
+        short = _short(queries, self.ids, hidden, pool_size, allow_empty)
+        queries, hidden = queries[~short], [out for out, few in zip(hidden, short, strict=True) if not few]
         asked = {name: rows[~short] for name, rows in asked.items()}
         path = None
         if cache_dir is not None:
             about = (method, shares, pool_size, seed, len(self.ids) > EXACT_LIMIT)
             features = {name: (rows, neighbours[name].given) for name, rows in asked.items()}
-            path = Path(cache_dir, f"pools-{_fingerprint(about, queries, self.ids, left_out, features)}.json")
+            path = Path(cache_dir, f"pools-{_fingerprint(about, queries, self.ids, hidden, features)}.json")
         if path is not None and path.exists():
             pools = _read_pools(path, len(queries), pool_size)
         else:
-            rankings = {name: neighbours[name].nearest(rows, left_out, pool_size) for name, rows in asked.items()}
-            pools = _choose(shares, rankings, queries, self.ids, left_out, pool_size, seed)
+            rankings = {name: neighbours[name].nearest(rows, hidden, pool_size) for name, rows in asked.items()}
+            pools = _choose(shares, rankings, queries, self.ids, hidden, pool_size, seed)
             if path is not None:
                 with atomic_file(path) as stream:
                     stream.write(json.dumps(pools).encode())
@@ -229,14 +229,11 @@ class PoolSampler:
             pools.insert(position, [])
         return pools
 
-    def left_out(
-        self, query_ids: Sequence[int] | NDArray[np.int64], entities: Mapping[int, str] | None = None
-    ) -> list[NDArray[np.int64]]:
+    def _left_out(self, queries: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """For each query the positions of candidates that its pool must not have: itself, and rows of its entity."""
-        queries = np.asarray(query_ids, np.int64)
         result = []
         for query, position in zip(queries.tolist(), np.searchsorted(self.ids, queries).tolist(), strict=True):
-            entity = (entities or {}).get(query, self._entities.get(query))
+            entity = self._entities.get(query)
             out = _NOBODY if entity is None else self._about.get(entity, _NOBODY)
             itself = self.ids[position : position + 1] == query  # one row, or none behind the last
             result.append(np.union1d(out, position) if itself.any() else out)
@@ -273,6 +270,37 @@ def parse_ratios(ratios: Sequence[str] | None) -> dict[str, float] | None:
         raise ValueError(f"ratios={ratios}: expected method=share, as text_sim=0.5.") from error
 
 
+def checked_shares(method: str, ratios: Mapping[str, float] | None, pool_size: int, seed: int) -> dict[str, float]:
+    """
+    Share of the pool by method, of options as [`sample_pools`] takes them.
+
+    Raises:
+        ValueError: if an option is out of range.
+
+    Example:
+
+    ```python
+    >>> from lever_grpo.search.samplers import checked_shares
+    >>> checked_shares("random", None, pool_size=4, seed=0)
+    {'random': 1.0}
+
+    ```
+    """
+    if pool_size < 1 or seed < 0:
+        raise ValueError(f"pool_size must be at least 1 and seed not negative, got {pool_size} and {seed}")
+    if method not in (*METHODS, "mix"):
+        raise ValueError(f"method must be one of {[*METHODS, 'mix']}, got {method!r}")
+    if (method == "mix") != (ratios is not None):
+        raise ValueError(f"ratios belong to method='mix' and to no other, got method={method!r} and ratios={ratios!r}")
+    shares = {method: 1.0} if ratios is None else dict(ratios)
+    unknown = [name for name in shares if name not in METHODS]
+    if unknown or not shares or not all(share >= 0 for share in shares.values()) or sum(shares.values()) > 1 + 1e-9:
+        raise ValueError(
+            f"ratios must be shares of {list(METHODS)}, not negative and at most 1 together, got {ratios!r}"
+        )
+    return shares
+
+
 def _choose(
     shares: Mapping[str, float],
     rankings: Mapping[str, list[NDArray[np.int64]]],
@@ -303,21 +331,6 @@ def _choose(
                     pool[position] = None
         pools.append(candidates[list(pool)].tolist())
     return pools
-
-
-def _shares(method: str, ratios: Mapping[str, float] | None) -> dict[str, float]:
-    """Share of the pool by method."""
-    if method not in (*METHODS, "mix"):
-        raise ValueError(f"method must be one of {[*METHODS, 'mix']}, got {method!r}")
-    if (method == "mix") != (ratios is not None):
-        raise ValueError(f"ratios belong to method='mix' and to no other, got method={method!r} and ratios={ratios!r}")
-    shares = {method: 1.0} if ratios is None else dict(ratios)
-    unknown = [name for name in shares if name not in METHODS]
-    if unknown or not shares or not all(share >= 0 for share in shares.values()) or sum(shares.values()) > 1 + 1e-9:
-        raise ValueError(
-            f"ratios must be shares of {list(METHODS)}, not negative and at most 1 together, got {ratios!r}"
-        )
-    return shares
 
 
 def _ids(name: str, values: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

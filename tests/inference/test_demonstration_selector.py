@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -268,6 +269,86 @@ def test_pools(checkpoint):
     assert selector.select([]) == []
 
 
+def row(place, question="what?", name=None):
+    return Example(place, question, ("a",), external_id=name)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "query", "same"),
+    [
+        (row(1, name="c"), row(4, name="c"), True),  # two files: row ids are positions in each
+        (row(1, name="c"), row(1, name="q"), False),
+        (row(1), row(1, " What? "), True),
+        (row(1), row(4), False),  # a question may be there twice
+        (row(1), row(1, "which?", "q"), False),  # a position says nothing of a row id
+        (row(1, name="c"), row(1, " What? "), True),  # a copy without the name
+        (row(1), row(1, name="c"), True),
+        (row(1, name="4"), row(4), True),
+    ],
+)
+def test_a_query_is_not_among_its_candidates(candidate, query, same):
+    selector = DemonstrationSelector(network())
+    selector.set_candidates([row(0, "where?", "x"), candidate], store(2))
+    (picked,) = selector.select([query], 1, embeddings=store(1))
+    assert (candidate not in picked.pool) == same and len(picked.pool) == 2 - same
+
+
+def test_a_query_without_entity_has_that_of_its_row():
+    selector = DemonstrationSelector(network())
+    about = [Example(i, "what?", ("a",), entity=entity) for i, entity in enumerate(["dog", "dog", None, "cat"])]
+    selector.set_candidates(about, store(4))
+    queries = [replace(about[0], entity=None), replace(about[0], entity="cat"), replace(about[2], id=9)]
+    pools = [selector.select([query], 1, embeddings=store(1))[0].pool for query in queries]
+    assert [sorted(row.id for row in pool) for pool in pools] == [[2, 3], [1, 2], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("pool_size", [6, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_hidden_from_one_query_is_not_hidden_from_the_others(kind, pool_size):
+    selector = DemonstrationSelector(KINDS[kind]())
+    about = [replace(one, entity="dog" if one.id < 8 else "cat" if one.id < 11 else None) for one in rows(12)]
+    selector.set_candidates(about, store(12))
+    queries = [Example(50 + i, "what?", ("?",), entity=entity) for i, entity in enumerate(["dog", "cat", None])]
+    vectors = store(3, seed=1)
+    together = selector.select(queries, 3, pool_size=pool_size, embeddings=vectors)
+    assert [len(one.pool) for one in together] == [4, min(pool_size, 9), min(pool_size, 12)]
+    for i, one in enumerate(together):
+        own = EmbeddingStore({"question": vectors["question"][i : i + 1]})
+        (alone,) = selector.select(queries[i : i + 1], 3, pool_size=pool_size, embeddings=own)
+        assert (one.pool, one.demonstrations) == (alone.pool, alone.demonstrations)
+        assert one.log_prob == pytest.approx(alone.log_prob, rel=1e-4)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_random_pools_do_not_depend_on_the_other_queries(named):
+    selector = DemonstrationSelector(network())
+    selector.set_candidates(rows(30), store(30))
+    # ids that are texts have positions as row ids, and these are others in every file
+    first, query = [replace(row, external_id=f"q{row.id}") if named else row for row in rows(2, 50)]
+    again = replace(query, id=0) if named else query
+    options = {"pool_size": 4, "sampler": "random"}
+    other, among = selector.select([first, query], **options, embeddings=store(2))
+    (alone,) = selector.select([again], **options, embeddings=store(1))
+    assert among.pool == alone.pool != other.pool
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "nearest"}, "method must be one of"),
+        ({"sampler": "mix"}, "ratios belong to method='mix'"),
+        ({"ratios": {"random": 1.0}}, "ratios belong to method='mix'"),
+        ({"sampler": "mix", "ratios": {"random": 2.0}}, "at most 1 together"),
+        ({"seed": -1}, "seed not negative"),
+    ],
+)
+def test_options_are_checked_where_the_pool_is_all_candidates(options, message):
+    selector = DemonstrationSelector(network())
+    selector.set_candidates(rows(3), store(3))
+    with pytest.raises(ValueError, match=message):
+        selector.select(rows(1, 50), 1, embeddings=store(1), **options)
+
+
 def test_what_is_missing_is_named():
     selector = DemonstrationSelector(network())
     with pytest.raises(ValueError, match="set_candidates first"):
@@ -278,6 +359,19 @@ def test_what_is_missing_is_named():
         selector.set_candidates(rows(3), store(2))
     with pytest.raises(ValueError, match="an id twice"):
         selector.set_candidates(rows(1) * 2, store(2))
+    selector.set_candidates(rows(1), store(1))
+    with pytest.raises(ValueError, match="query 0: all 1 candidates are the query itself"):
+        selector.select(rows(1), 1, embeddings=store(1))
+
+
+def test_a_query_of_another_file_is_recognised_by_its_text_id(checkpoint, tmp_path):
+    records = [{"id": f"r{i}", "question": f"question {i}?", "answer": f"{i}"} for i in range(5)]
+    for name, part in (("c.jsonl", records), ("q.jsonl", records[3:])):
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in part))
+    files = ["--queries", str(tmp_path / "q.jsonl"), "--candidates", str(tmp_path / "c.jsonl")]
+    assert main(["select", str(checkpoint), *files, "--out", str(tmp_path / "p.jsonl"), "--num_shots", "4"]) == 0
+    picked = map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines())
+    assert [sorted(one["demonstrations"]) for one in picked] == [["r0", "r1", "r2", "r4"], ["r0", "r1", "r2", "r3"]]
 
 
 def test_command_line(checkpoint, tmp_path, capsys):

@@ -267,7 +267,8 @@ def test_kept_candidates_give_the_same_pools(method):
 
 def test_queries_that_are_in_no_table():
     sampler = PoolSampler(range(ROWS), text=TEXT, entities={4: "a", 5: "a"})
-    pools = sampler.pools("text_sim", [900, 901, 5], 3, text=TEXT[[4, 4, 5]], entities={901: "a"})
+    left_out = [np.array(out, np.int64) for out in ([], [4, 5], [4, 5])]
+    pools = sampler.pools("text_sim", [900, 901, 5], 3, text=TEXT[[4, 4, 5]], left_out=left_out)
     nearest = brute_force(np.concatenate([TEXT, TEXT[4:5]]), ROWS, range(ROWS), 5)
     assert nearest[0] == 4 and pools[0] == nearest[:3]
     assert pools[1] == [row for row in nearest if row not in (4, 5)][:3]
