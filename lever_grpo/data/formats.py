@@ -92,6 +92,8 @@ def parse_lever_lm(
     file has: the last step's gain over the beam's own parent, which is not comparable between beams of different
     parents (`marginal`).
     """
+    if options.score_weights:
+        where.fail("score_column", "none, as beams of this format have one score", list(options.score_weights))
     id_list, scores, shot_scores = _lever_lm_lists(query_id, record, where)
     declared = record.get("few_shot_num", settings.get("few_shot"))
     sequences: list[list[int]] = []
@@ -131,7 +133,7 @@ def parse_lever_lm(
         columns={name: [None] * len(sequences) for name in options.reward_columns},
     )
     group.marginal = shot_scores is None and any(len(ids) > 1 for ids in sequences)
-    group.zero_shot = _zero_shot(record, where)
+    group.zero_shot = _zero_shot(record, where, options)
     return group
 
 
@@ -227,7 +229,7 @@ def parse_pointer(query_id: int, record: Mapping[str, Any], where: Where, option
         columns=_columns(kept, where, "pointer_candidates", options),
     )
     group.failed += failed
-    group.zero_shot = _zero_shot(record, where)
+    group.zero_shot = _zero_shot(record, where, options)
     return group
 
 
@@ -310,7 +312,7 @@ def parse_scored(query_id: int, record: Mapping[str, Any], where: Where, options
         columns=_columns(kept, where, "sequences", options),
     )
     group.failed += len(entries) - len(kept)
-    group.zero_shot = _zero_shot(record, where)
+    group.zero_shot = _zero_shot(record, where, options)
     return group
 
 
@@ -365,7 +367,7 @@ def parse_group(query_id: int, record: Mapping[str, Any], where: Where, options:
         source=[str(v) for v in column("source", record.get("source") or ["search"] * n)],
         columns=columns,
     )
-    group.zero_shot = _zero_shot(record, where)
+    group.zero_shot = _zero_shot(record, where, options)
     for name, value in as_object(record.get("notes"), where, "notes").items():
         if name not in NOTES:
             where.fail("notes", f"names among {', '.join(NOTES)}", name)
@@ -390,8 +392,10 @@ def _columns(
     }
 
 
-def _zero_shot(record: Mapping[str, Any], where: Where) -> float:
+def _zero_shot(record: Mapping[str, Any], where: Where, options: Options) -> float:
     value = record.get("zero_shot")
     if value is None or (isinstance(value, float) and math.isnan(value)):
+        return math.nan
+    if options.score_weights:  # it is in units of the log's own score
         return math.nan
     return as_score(value, where, "zero_shot")

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 
-_PER_SEQUENCE = ("sequences", "scores", "shot_scores", "survived", "source")
+_PER_SEQUENCE = ("sequences", "scores", "shot_scores", "survived", "source", "estimated", "ref_log_probs")
 
 
 def split_by_query(

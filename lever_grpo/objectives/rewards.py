@@ -289,6 +289,7 @@ def combine_rewards(
     _check_same_shape(levels)
     total = torch.zeros_like(upcast_half(next(iter(levels.values()))))  # (B, G)
     live = torch.ones_like(total, dtype=torch.bool) if mask is None else mask.bool()
+    size = torch.zeros_like(total)  # of what is summed
     for name, level in levels.items():
         if weights[name] == 0:
             continue
@@ -301,5 +302,8 @@ def combine_rewards(
             )
         if aggregation == "normalize_then_sum":
             values = normalize_rewards_zscore(values, live, epsilon)
+            size = size + abs(weights[name]) * values.abs()
         total = total + weights[name] * values
-    return total
+    # levels that cancel leave rounding errors, which are no contrast
+    cancelled = total.abs().amax(-1, keepdim=True) <= epsilon * size.amax(-1, keepdim=True)
+    return total.masked_fill(cancelled, 0.0) if aggregation == "normalize_then_sum" else total

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import TrainerCallback
 
-from .schedules import StagePlan, adapt, linear
+from .schedules import KL_BETA_BOUNDS, StagePlan, adapt, linear
 
 
 @dataclass
@@ -80,6 +80,18 @@ class CurriculumCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.control.stage = StagePlan.from_epochs(state.max_steps, *self.epochs).stage(state.global_step)
         self.control.top_k = self.top_k if self.control.stage == "grpo_early" else None
+
+
+class RestoreBestCallback(TrainerCallback):
+    """
+    Judges and saves the end of RCE, so that it is a candidate for what GRPO starts from wherever that end falls.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        with_epoch = args.eval_strategy == "epoch" and float(state.epoch or 0.0).is_integer()  # judged in a moment
+        if state.global_step == args.stage_plan(state.max_steps).rce and not with_epoch:
+            control.should_evaluate = True
+            control.should_save = control.should_save or args.save_strategy != "best"  # which saves what is better
 
 
 class TemperatureCallback(TrainerCallback):
@@ -177,7 +189,7 @@ class KLBetaCallback(TrainerCallback):
         kl_low: float = 0.01,
         kl_high: float = 0.1,
         factor: float = 1.5,
-        bounds: tuple[float, float] = (1e-3, 10.0),
+        bounds: tuple[float, float] = KL_BETA_BOUNDS,
         smoothing: float = 0.5,
     ):
         self.control = control

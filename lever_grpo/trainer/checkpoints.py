@@ -25,7 +25,16 @@ def save_memory(memory: dict[str, Any], folder: str | os.PathLike) -> None:
 
 
 def load_memory(folder: str | os.PathLike) -> dict[str, Any]:
-    """Reads it back."""
+    """Reads it back.
+
+    Raises:
+        FileNotFoundError: if the checkpoint holds weights alone.
+    """
+    if not Path(folder, MEMORY_NAME).exists():
+        raise FileNotFoundError(
+            f"{folder} has no {MEMORY_NAME}, so that training cannot go on from it: with save_only_model=True "
+            "checkpoints hold weights alone. Start a new training from it as the model."
+        )
     return json.loads(Path(folder, MEMORY_NAME).read_text(encoding="utf-8"))
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..objectives.policy_losses import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
-from .schedules import StagePlan
+from .schedules import KL_BETA_BOUNDS, StagePlan
 from .selector_config import SelectorTrainingArguments
 
 
@@ -101,6 +101,8 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
             Whether the policy's temperature follows the KL, see [`TemperatureCallback`].
         kl_low, kl_high (`float`, *optional*, defaults to `0.01` and `0.1`):
             Band inside which β and the temperature stay, in nats per step.
+        kl_limit (`float`, *optional*):
+            Checkpoints whose held-out KL to the start is above it are never the best. `None` for no limit.
         beta_factor (`float`, *optional*, defaults to `1.5`):
             Size of one move of β.
         beta_smoothing (`float`, *optional*, defaults to `0.5`):
@@ -190,6 +192,10 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
     adaptive_temperature: bool = field(default=False, metadata={"help": "Whether the policy's temperature does."})
     kl_low: float = field(default=0.01, metadata={"help": "KL (nats per step) below which β falls."})
     kl_high: float = field(default=0.1, metadata={"help": "KL (nats per step) above which β rises."})
+    kl_limit: float | None = field(
+        default=None,
+        metadata={"help": "Checkpoints whose held-out KL is above it are never the best (nats per step)."},
+    )
     beta_factor: float = field(default=1.5, metadata={"help": "Size of one move of β."})
     beta_smoothing: float = field(
         default=0.5, metadata={"help": "Weight of the past in the KL that β follows, in [0, 1)."}
@@ -232,6 +238,19 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
         self._check_numbers()
         if self.adaptive_beta and not self.beta:
             raise ValueError("adaptive_beta=True with beta=0: there is no KL term to weigh; set beta above 0.")
+        lowest, highest = KL_BETA_BOUNDS
+        if self.adaptive_beta and not lowest <= self.beta <= highest:
+            raise ValueError(f"adaptive_beta=True moves β between {lowest:g} and {highest:g}, and beta={self.beta}.")
+        if (self.adaptive_beta or self.adaptive_temperature) and self.logging_strategy == "no":
+            raise ValueError(
+                "adaptive_beta and adaptive_temperature follow the logged KL, and logging_strategy='no' logs none; "
+                "choose 'steps' or 'epoch'."
+            )
+        if self.curriculum_first and self.curriculum_top_k < 2 and self.curriculum_epochs > 0:
+            raise ValueError(
+                f"curriculum_first=True with curriculum_top_k={self.curriculum_top_k}: one beam has no advantage over "
+                "itself, so that nothing would be learned; keep 2 or more."
+            )
         if self.precompute_ref_log_probs and (self.kl_estimator == "exact" or self.adaptive_temperature):
             raise ValueError(
                 "precompute_ref_log_probs=True stores log-probabilities of the logged picks at temperature 1; that "
@@ -240,7 +259,8 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
             )
 
     def _check_numbers(self) -> None:
-        for name in ("curriculum_epochs", "beta", "baseline_shift", "entropy_coef", "kl_low", "rce_learning_rate"):
+        not_negative = ["curriculum_epochs", "beta", "baseline_shift", "entropy_coef", "kl_low", "kl_limit"]
+        for name in (*not_negative, "rce_learning_rate"):
             self.check_range(name, low=0.0)
         positive = ["learning_rate", "rce_temperature_start", "rce_temperature_end", "loss_temperature"]
         positive += ["advantage_clip", "epsilon", "epsilon_high", "sapo_temperature_pos", "sapo_temperature_neg"]

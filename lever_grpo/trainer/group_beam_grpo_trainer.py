@@ -26,7 +26,7 @@ from ..objectives import (
     tied_groups,
 )
 from ..objectives.policy_losses import WEIGHTED_LOSS_TYPES
-from .callbacks import CurriculumCallback, KLBetaCallback, PolicyControl, TemperatureCallback
+from .callbacks import CurriculumCallback, KLBetaCallback, PolicyControl, RestoreBestCallback, TemperatureCallback
 from .group_beam_grpo_config import GroupBeamGRPOConfig
 from .group_table import CollatorWithCandidateIds, GroupTableCallback, group_rows
 from .reference import REFERENCE_COLUMN, CollatorWithReference, add_reference_log_probs
@@ -111,11 +111,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
         **kwargs,
     ):
         self.row_texts = row_texts
-        self.policy_control = PolicyControl(
-            stage="rce" if args.rce_epochs > 0 else "grpo_early" if args.curriculum_epochs > 0 else "grpo_late",
-            temperature=args.rce_temperature_start,
-            beta=args.beta,
-        )
+        self.policy_control = PolicyControl(**self._start_of(args))
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, peft_config, **kwargs)
         self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(self.args.device)
         self.old_policy = copy.deepcopy(self.reference)
@@ -129,6 +125,8 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             self.policy_control, *epochs, args.curriculum_epochs, args.curriculum_top_k
         )
         self.add_callback(self._curriculum)
+        if self._keeps_best and args.rce_epochs > 0 and args.restore_best:
+            self.add_callback(RestoreBestCallback())
         self.add_callback(
             TemperatureCallback(
                 self.policy_control,
@@ -143,8 +141,11 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             self.add_callback(
                 KLBetaCallback(self.policy_control, factor=args.beta_factor, smoothing=args.beta_smoothing, **band)
             )
-        if args.loss_type == "dr_grpo" and train_dataset is not None:
-            self._max_length = max(len(sequence) for row in train_dataset for sequence in row["sequences"])
+        if args.loss_type == "dr_grpo":
+            given = eval_dataset if train_dataset is None else train_dataset
+            logs = given.values() if isinstance(given, dict) else [given] if given is not None else []
+            lengths = (len(sequence) for log in logs for row in log for sequence in row["sequences"])
+            self._max_length = max(lengths, default=0)
         self._has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
         if args.precompute_ref_log_probs and train_dataset is not None:
             self.train_dataset = add_reference_log_probs(
@@ -156,6 +157,17 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             self._group_table = GroupTableCallback(self)
             self.add_callback(self._group_table)
             self.data_collator = CollatorWithCandidateIds(self.data_collator)
+
+    @staticmethod
+    def _start_of(args: GroupBeamGRPOConfig) -> dict[str, Any]:
+        """Values of `PolicyControl` at the start of training."""
+        stage = "rce" if args.rce_epochs > 0 else "grpo_early" if args.curriculum_epochs > 0 else "grpo_late"
+        return {"stage": stage, "temperature": args.rce_temperature_start, "beta": args.beta}
+
+    def train(self, *args, **kwargs):
+        start = PolicyControl(**self._start_of(self.args))  # not what an earlier training came to
+        vars(self.policy_control).update(vars(start))
+        return super().train(*args, **kwargs)
 
     # ---- the objective ----
 
@@ -181,7 +193,11 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
         )
         losses = rce_loss(output.log_probs, weights, output.step_mask)  # (B,)
         self._tabulate(model, inputs, rewards, output, mask, weights=weights)
-        stats = {"policy_loss": losses, "effective_beams": effective_beams(weights), **_reward_stats(rewards, mask)}
+        stats = {
+            "policy_loss": losses,
+            "effective_beams": effective_beams(weights),
+            **_reward_stats(rewards, mask, mask),
+        }
         with torch.no_grad():
             stats["entropy"] = _mean_over_steps(
                 step_entropy(output.step_log_probs, sequence_mask=output.step_mask), output.step_mask
@@ -235,7 +251,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             stats["entropy"] = _mean_over_steps(entropy, step_mask)
             stats["advantage_mean"], stats["advantage_std"] = masked_moments(advantages, beam_mask)
         stats = {name: torch.where(live, value, torch.nan) for name, value in stats.items()}
-        return losses, live, {**stats, **_reward_stats(rewards, mask)}
+        return losses, live, {**stats, **_reward_stats(rewards, mask, compared)}
 
     def _policy_loss(self, log_probs, old_log_probs, advantages, step_mask, beam_mask, weights):
         args = self.args
@@ -353,6 +369,21 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             self._begun_step = self.state.global_step
         return super().training_step(model, inputs, num_items_in_batch)
 
+    @property
+    def _keeps_best(self):
+        args = self.args
+        restores = args.restore_best and args.rce_epochs > 0 and args.eval_strategy != "no" != args.save_strategy
+        return super()._keeps_best or restores
+
+    def _determine_best_metric(self, metrics, trial):
+        if self.args.kl_limit is not None:
+            best = "eval_" + str(self.args.metric_for_best_model).removeprefix("eval_")
+            sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
+            name = next((f"eval_{log}_kl" for log in sets if best.startswith(f"eval_{log}_")), "eval_kl")
+            if metrics[name] > self.args.kl_limit:
+                return False
+        return super()._determine_best_metric(metrics, trial)
+
     def _begin_step(self, step: int) -> None:
         """What happens between two optimisation steps: the change of stage and the refresh of π_old."""
         plan, refresh = self.stage_plan, self.args.old_policy_refresh
@@ -452,6 +483,6 @@ def _mean_over_steps(values: Tensor, step_mask: Tensor) -> Tensor:
     return total / step_mask.sum((-1, -2)).clamp(min=1)
 
 
-def _reward_stats(rewards: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def _reward_stats(rewards: Tensor, mask: Tensor, compared: Tensor) -> dict[str, Tensor]:
     mean, std = masked_moments(rewards, mask)
-    return {"reward": mean, "reward_std": std, "frac_reward_zero_std": tied_groups(rewards, mask).float()}
+    return {"reward": mean, "reward_std": std, "frac_reward_zero_std": tied_groups(rewards, compared).float()}

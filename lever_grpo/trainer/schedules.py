@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 
 STAGES = ("rce", "grpo_early", "grpo_late")
+KL_BETA_BOUNDS = (1e-3, 10.0)  # of an adaptive β
 
 
 @dataclass(frozen=True)

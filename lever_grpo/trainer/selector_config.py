@@ -29,8 +29,6 @@ class SelectorTrainingArguments(TrainingArguments):
             How levels are summed; `"normalize_then_sum"` standardises each in its group first.
         disable_dropout (`bool`, *optional*, defaults to `False`):
             Whether to switch off all dropout of the model.
-        kl_limit (`float`, *optional*):
-            Checkpoints whose held-out KL to the start is above it are never the best. `None` for no limit.
         resume_from_checkpoint (`str`, *optional*):
             For the recipes and `lever-grpo train`: whether to go on from the last whole checkpoint (`"true"`).
 
@@ -39,7 +37,7 @@ class SelectorTrainingArguments(TrainingArguments):
     `load_best_model_at_end`, `eval_on_start` (the start is the first candidate for the best checkpoint) and
     `weight_decay` 0.01. `metric_for_best_model` is chosen from the held-out log when it is left out: the reward of the
     greedy pick where every sequence of every held-out query was scored or the trainer is given `score_picks`, else the
-    expected reward.
+    expected reward; of several held-out logs the first one's.
     """
 
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Queries (groups) per device and step."})
@@ -64,10 +62,6 @@ class SelectorTrainingArguments(TrainingArguments):
         default="sum_then_normalize", metadata={"help": "How levels are summed.", "choices": AGGREGATIONS}
     )
     disable_dropout: bool = field(default=False, metadata={"help": "Whether to switch off all dropout."})
-    kl_limit: float | None = field(
-        default=None,
-        metadata={"help": "Checkpoints whose held-out KL is above it are never the best (nats per step)."},
-    )
 
     # a switch; the recipes find the last whole checkpoint themselves
     resume_from_checkpoint: str | None = field(
@@ -99,7 +93,6 @@ class SelectorTrainingArguments(TrainingArguments):
         if weights.get("task") and self.task_reward is None:
             raise ValueError("reward_weights has 'task': name its column or preset with task_reward.")
         self.check_choice("multi_objective_aggregation", AGGREGATIONS)
-        self.check_range("kl_limit", low=0.0)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the columns of the log; leave it False.")
 

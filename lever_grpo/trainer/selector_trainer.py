@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import EvalPrediction
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -66,6 +67,17 @@ class SelectorTrainer(HubTrainer):
                 f"one process sees {args.n_gpu} GPUs and would split batches over them, but the queries of a batch "
                 "share candidates: start a process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
             )
+        logs = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        if any(isinstance(log, TorchIterableDataset | IterableDataset) for log in (train_dataset, *logs)):
+            raise ValueError(
+                "a log that is streamed cannot be shuffled, split over processes or counted; load it without "
+                "streaming=True: it is then mapped from disk, and takes no memory either."
+            )
+        accelerator: Any = args.accelerator_config  # made of what was given
+        if accelerator.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches=True would cut batches by queries, and their candidates are shared: leave it out."
+            )
         if isinstance(model, str):
             model = load_selector(model)
         if peft_config is not None:
@@ -81,7 +93,8 @@ class SelectorTrainer(HubTrainer):
             complete = score_picks is not None or (
                 not isinstance(eval_dataset, dict) and fully_scored(eval_dataset, any_length=may_stop)
             )
-            args.metric_for_best_model = "eval_greedy_reward" if complete else "eval_expected_reward"
+            prefix = f"eval_{next(iter(eval_dataset))}" if isinstance(eval_dataset, dict) else "eval"
+            args.metric_for_best_model = f"{prefix}_greedy_reward" if complete else f"{prefix}_expected_reward"
             args.greater_is_better = True
         super().__init__(
             model=model,
@@ -353,7 +366,7 @@ class SelectorTrainer(HubTrainer):
             self._find_best_again(trial)
             return {}
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        if at_start and self.args.load_best_model_at_end:
+        if at_start and self._keeps_best:
             self._determine_best_metric(metrics=metrics, trial=trial)
             # the base class takes step 0 for "no best step", so the place is set here
             self.state.best_model_checkpoint = self._checkpoint_of(0, trial)
@@ -375,21 +388,20 @@ class SelectorTrainer(HubTrainer):
                 "removed: make room, or mend the folder, and go on with --resume_from_checkpoint true."
             ) from error
 
+    @property
+    def _keeps_best(self) -> bool:
+        """Whether the best checkpoint is needed."""
+        return self.args.load_best_model_at_end
+
     def _checkpoint_of(self, step: int, trial: Any) -> str:
         return os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
     def _find_best_again(self, trial: Any) -> None:
         """The folder of the best checkpoint is stored as it was written; the run may have moved since."""
         step = self.state.best_global_step
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None and step is not None:
+        if self._keeps_best and self.state.best_model_checkpoint is None and step is not None:
             if os.path.isdir(self._checkpoint_of(step, trial)):
                 self.state.best_model_checkpoint = self._checkpoint_of(step, trial)
-
-    def _determine_best_metric(self, metrics, trial):
-        limit, kl = self.args.kl_limit, metrics.get("eval_kl", 0.0)
-        if limit is not None and kl > limit:
-            return False
-        return super()._determine_best_metric(metrics, trial)
 
     def training_memory(self) -> dict[str, Any]:
         """What training remembers beside the base class's state, as JSON-able values; it travels with checkpoints."""

@@ -238,6 +238,19 @@ def test_score_column_by_name_or_weights(load):
         load(log, score_column="nope")
 
 
+def test_a_choice_of_the_score_where_there_is_none_is_refused(load):
+    log = {"7": {"id_list": [[3, 4, 7]], "score_list": [0.1], "candidate_ids": [3, 4, 5]}}
+    with pytest.raises(BeamDataError, match="'score_column': expected none, as beams of this format have one score"):
+        load(log, score_column="vqa_correct")
+
+
+def test_the_zero_shot_score_is_one_of_the_logs_own_scores(load):
+    entry = {"search_order": [3, 4], "score": -1.0, "correct": 1.0}
+    log = {"7": {"query_id": 7, "pool": [3, 4, 5], "zero_shot": -3.0, "sequences": [entry]}}
+    assert load(log)[0]["zero_shot"] == -3.0
+    assert math.isnan(load(log, score_column="correct")[0]["zero_shot"])
+
+
 def test_without_rewards_the_beam_score_is_the_score_and_without_it_one_is_asked_for(load):
     bare = {"vqa_correct": None, "vqa_acc_score": None}
     assert load({"7": rl(pointer(**bare))})[0]["scores"] == [0.04]

@@ -49,6 +49,16 @@ def test_sequences_go_with_their_candidate_and_positions_are_renumbered():
     }  # fmt: skip
 
 
+def test_all_columns_of_sequences_go_with_them():
+    marks = {
+        "estimated": [[True, False, True], [False, True]],
+        "ref_log_probs": [[[1.0], [2.0], [3.0]], [[4.0], [5.0]]],
+    }
+    rows = [row | {name: values[i] for name, values in marks.items()} for i, row in enumerate(dataset())]
+    (cleaned,) = drop_candidates(Dataset.from_list(rows), ids=[10])
+    assert cleaned["estimated"] == [False] and cleaned["ref_log_probs"] == [[2.0]]
+
+
 def test_ids_that_no_pool_holds_change_nothing():
     before = dataset()
     assert drop_candidates(before, ids=[99]).to_list() == before.to_list()

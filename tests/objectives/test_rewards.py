@@ -12,6 +12,7 @@ from lever_grpo.objectives import (
     reward_from_columns,
     sequence_coherence,
     sequence_diversity,
+    tied_groups,
 )
 
 
@@ -150,6 +151,14 @@ def test_normalize_then_sum_makes_the_weights_independent_of_the_levels_scales()
     for aggregation in ("normalize_then_sum", "sum_then_normalize"):
         alone = combine_rewards({"beam": LEVELS["beam"]}, {"beam": 2.0}, aggregation=aggregation)
         torch.testing.assert_close(group_advantages(alone), normalize_rewards_zscore(LEVELS["beam"]))
+
+
+def test_levels_that_cancel_are_no_contrast():
+    task = (torch.rand(200, 7, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    levels, weights = {"beam": 1 - task, "task": task}, {"beam": 1.0, "task": 1.0}
+    combined = combine_rewards(levels, weights, aggregation="normalize_then_sum")
+    assert not combined.any() and tied_groups(combined).all()
+    assert combine_rewards(levels, {"beam": 1.0, "task": 0.9}, aggregation="normalize_then_sum").any()
 
 
 def test_a_tied_level_adds_nothing_when_normalised():

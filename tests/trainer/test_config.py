@@ -53,6 +53,20 @@ def test_numbers_are_checked(name, value, tmp_path):
         make_args(tmp_path, **{name: value})
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"adaptive_beta": True, "beta": 50.0}, "between 0.001 and 10, and beta=50.0"),
+        ({"adaptive_beta": True, "logging_strategy": "no"}, "logging_strategy='no' logs none"),
+        ({"adaptive_temperature": True, "logging_strategy": "no"}, "logging_strategy='no' logs none"),
+        ({"curriculum_first": True, "curriculum_top_k": 1}, "one beam has no advantage"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **options)
+
+
 def test_length_is_the_sum_of_the_stages(tmp_path):
     assert make_args(tmp_path, rce_epochs=1, grpo_epochs=2.5).num_train_epochs == 3.5
     assert make_args(tmp_path, rce_epochs=0, grpo_epochs=2).num_train_epochs == 2

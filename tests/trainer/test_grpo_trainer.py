@@ -311,6 +311,74 @@ def test_training_that_helps_is_kept_unless_it_moves_too_far(planted, tmp_path):
             assert_same_weights(weights_of(trainer.model), before)
 
 
+@pytest.mark.parametrize("options", [{"rce_epochs": 0.5}, {"eval_strategy": "steps", "eval_steps": 2}])
+def test_the_end_of_rce_is_a_candidate_wherever_it_falls(planted, tmp_path, options):
+    if "eval_steps" in options:
+        options = {**options, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(tmp_path, planted, rce_learning_rate=0.05, **options)
+    trainer.train()
+    border = trainer.stage_plan.rce
+    rewards = {log["step"]: log["eval_greedy_reward"] for log in eval_logs(trainer)}
+    assert border in rewards and [log["step"] for log in eval_logs(trainer)].count(border) == 1
+    best = max((step for step in rewards if step <= border), key=lambda step: (rewards[step], -step))
+    start = weights_of(PointerSelector.from_pretrained(tmp_path / "rce"))
+    assert_same_weights(start, load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors"))
+
+
+def test_the_start_is_a_candidate_also_where_the_last_checkpoint_is_the_result(planted, tmp_path):
+    options = {"rce_learning_rate": 0.05, "load_best_model_at_end": False}
+    trainer = make_trainer(tmp_path, planted, train=negated(planted.rows), **options)
+    before = weights_of(trainer.model)
+    trainer.train()
+    assert_same_weights(weights_of(PointerSelector.from_pretrained(tmp_path / "rce")), before)
+
+
+def test_several_held_out_logs(planted, tmp_path):
+    """The first one chooses, unless another is named; the KL that is limited is that of the same one."""
+    logs = {"a": planted.validation, "b": planted.validation}
+    trainer = make_trainer(tmp_path, planted, validation=logs, learning_rate=0.03, kl_limit=1e-9)
+    assert trainer.args.metric_for_best_model == "eval_a_expected_reward"
+    before = weights_of(trainer.model)
+    trainer.train()
+    assert_same_weights(weights_of(trainer.model), before)
+
+
+def test_a_second_training_starts_anew(planted, tmp_path):
+    trainer = make_trainer(tmp_path, planted, adaptive_beta=True, kl_low=0.0, kl_high=1e-9, rce_epochs=0, **QUIET)
+    trainer.train()
+    trainer.train()
+    betas = [log["beta"] for log in train_logs(trainer)]
+    assert max(betas) > betas[0] == trainer.args.beta
+
+
+def test_streams_are_refused(planted, tmp_path):
+    with pytest.raises(ValueError, match="streamed"):
+        make_trainer(tmp_path, planted, train=planted.train.to_iterable_dataset())
+    with pytest.raises(ValueError, match="dispatch_batches=True"):
+        make_trainer(tmp_path, planted, accelerator_config={"dispatch_batches": True})
+
+
+def test_evaluation_alone_knows_the_longest_sequence(planted, tmp_path):
+    args = make_args(tmp_path, loss_type="dr_grpo", rce_epochs=0)
+    trainer = GroupBeamGRPOTrainer(make_selector(), args, planted.collator, eval_dataset=planted.validation)
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_checkpoints_of_weights_alone_are_named(planted, tmp_path):
+    make_trainer(tmp_path, planted, save_only_model=True).train()
+    with pytest.raises(FileNotFoundError, match="save_only_model=True"):
+        make_trainer(tmp_path, planted).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_groups_that_the_curriculum_leaves_without_contrast_are_counted(planted, tmp_path):
+    rows = [{**row, "scores": [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]} for row in planted.rows]  # tied in the top 3
+    options = {"rce_epochs": 0, "curriculum_first": True, **QUIET}
+    trainer = make_trainer(tmp_path, planted, train=to_dataset(rows), **options)
+    trainer.train()
+    logs = train_logs(trainer)
+    assert [log["frac_reward_zero_std"] for log in logs] == [1.0] * 3 + [0.0] * 3
+
+
 @pytest.mark.parametrize("restore", [True, False])
 def test_grpo_starts_from_the_best_so_far(planted, tmp_path, restore):
     trainer = make_trainer(
