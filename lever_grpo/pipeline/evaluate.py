@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from ..metrics import token_f1
 from ..models import ClipSelector, load_selector
 from ..report import MethodResult, build_report, print_report, stack_seeds, write_html, write_report
 from ..scorers import Scorer
-from ..search import answer_accuracy, make_judge
+from ..search import make_judge
 from ..search.judges import Judge
 from .evaluate_arguments import BASELINES, METRICS, EvaluateArguments, parse_evaluate
 from .frozen_model import FrozenModelArguments, load_rows, make_scorer, open_store
@@ -193,9 +193,9 @@ def load_queries(arguments: EvaluateArguments) -> Queries:
     return Queries(dataset, store, collator, similarity, rows)
 
 
-def make_judges(metrics: Iterable[str], rows: Iterable[Example]) -> dict[str, Judge]:
+def make_judges(metrics: Iterable[str], rows: Collection[Example]) -> dict[str, Judge]:
     """What an answer is worth, by metric; `accuracy` always, as the gallery shows it."""
-    judges: dict[str, Judge] = {"accuracy": answer_accuracy, "token_f1": token_f1}
+    judges: dict[str, Judge] = {"accuracy": make_judge("accuracy", rows), "token_f1": token_f1}
     if "cider" in metrics:
         judges["cider"] = make_judge("cider", rows)
     return {name: judge for name, judge in judges.items() if name == "accuracy" or name in metrics}
