@@ -196,6 +196,10 @@ def test_from_picks():
     assert result.rewards.tolist() == [[2.0, 3.0]]
     assert result.percentiles.tolist() == [[50.0, 100.0]]
     assert result.correct.tolist() == [[1.0, 0.0]]
+    partly = [[None, 0, 1, None], [None, None, 1, 0]]  # known of the picks of one query
+    assert MethodResult.from_picks("rce", [[1, 0], [0, 1]], sequences, scores, correct=partly).correct is None
+    known = MethodResult.from_picks("rce", [[1, 0], [1, 0]], sequences, scores, correct=partly)
+    assert known.correct.tolist() == [[1.0, 1.0]]
     with pytest.raises(ValueError, match=r"1 of 2 picks are not in the log, the first is \[2, 1\] of query 1"):
         MethodResult.from_picks("rce", [[1, 0], [2, 1]], sequences, scores)
 

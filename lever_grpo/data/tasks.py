@@ -97,7 +97,8 @@ def load_vqa(
 
     Row ids are the positions in the questions file, `external_id` is the question's id, `entity` the image's. All the
     annotators' answers are kept, repeats too, as the VQA accuracy counts them; the most frequent one is moved to the
-    front (of equally frequent ones, the first given). Blank answers are left out with a warning.
+    front (of equally frequent ones, the first given). Blank answers are left out with a warning;
+    [`~search.make_judge`] counts their annotators.
 
     Args:
         questions (`str` or `Path`):

@@ -22,8 +22,9 @@ from ..pipeline.runs import similarity_baseline
 from ..report.results import method_order
 from ..scorers import Prompt, Scorer
 from ..scorers.scores import mean_log_prob
-from ..search import answer_accuracy
+from ..search import make_judge
 from ..search.features import load_encoders
+from ..search.judges import Judge
 
 
 SAME = 0.99  # cosine of an embedding that is made again to the stored one, which is rounded
@@ -114,6 +115,7 @@ class Session:
     def __init__(self, arguments: EvaluateArguments, scorer: Scorer | None = None):
         self.arguments, self.scorer = arguments, scorer
         self.queries = load_queries(arguments)
+        self._judge = make_judge("accuracy", self.queries.rows.values())
         loaded = {name: DemonstrationSelector.from_pretrained(paths[0]) for name, paths in arguments.seeds_of.items()}
         self.selectors: dict[str, SelectorModel] = {name: picker.selector for name, picker in loaded.items()}
         self._processors = {name: picker.processor for name, picker in loaded.items()}
@@ -208,7 +210,8 @@ class Session:
             for i, (method, picks) in enumerate(choices.items())
         ]
         if self.scorer is not None:
-            shown = _answered(shown, query, self.scorer, self.arguments.max_new_tokens, answer_known)
+            judge = self._judge if answer_known else None
+            shown = _answered(shown, query, self.scorer, self.arguments.max_new_tokens, judge)
         return Shown(query, answer_known, pool, first, tuple(shown))
 
     def _choices(self, one: Queries, num_shots: int) -> dict[str, list[int]]:
@@ -281,11 +284,12 @@ class Session:
 
 
 def _answered(
-    choices: list[Choice], query: Example, scorer: Scorer, max_new_tokens: int, answer_known: bool
+    choices: list[Choice], query: Example, scorer: Scorer, max_new_tokens: int, judge: Judge | None
 ) -> list[Choice]:
-    """The choices with what the model answers to each; a prompt that several share is asked once."""
+    """The choices with what the model answers to each; a prompt that several share is asked once. Without a judge the
+    query has no right answer."""
     prompts = list(dict.fromkeys(Prompt(query, choice.demonstrations) for choice in choices))
-    scores = dict(zip(prompts, scorer.score(prompts), strict=True)) if answer_known else {}
+    scores = dict(zip(prompts, scorer.score(prompts), strict=True)) if judge is not None else {}
     said = dict(zip(prompts, scorer.answer(prompts, max_new_tokens), strict=True))
     answered = []
     for choice in choices:
@@ -295,7 +299,7 @@ def _answered(
             replace(
                 choice,
                 answer=text,
-                accuracy=answer_accuracy(text, query.answers) if answer_known and text is not None else None,
+                accuracy=judge(text, query.answers) if judge is not None and text is not None else None,
                 answer_log_prob=None if score is None else mean_log_prob(score),
             )
         )

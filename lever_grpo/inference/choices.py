@@ -106,13 +106,14 @@ def evaluate_selectors(
     Returns:
         `list[MethodResult]`: `zero_shot` (where the log knows it), `random` (the exact expectation over all
         sequences), the selectors in their order with how their log-probabilities agree with the scores of all logged
-        sequences, and `oracle`.
+        sequences, and `oracle`. They have accuracies if the log knows for every sequence whether its answer is right.
     """
     rows = list(dataset)
     sequences = [row["sequences"] for row in rows]
     scores = [row["scores"] for row in rows]
     columns = [row.get("columns") or {} for row in rows]
-    named = next((name for name in CORRECT_COLUMNS if all(name in column for column in columns)), None)
+    # where some sequences were not judged (`judge="survivors"`), the accuracies of two choices could not be compared
+    named = next((name for name in CORRECT_COLUMNS if all(_is_known(column.get(name)) for column in columns)), None)
     correct = [column[named] for column in columns] if named else None
 
     exact = fully_scored(dataset)
@@ -139,6 +140,10 @@ def evaluate_selectors(
     best = oracle_reward(scores)
     results.append(_oracle(best, scores, correct))
     return results
+
+
+def _is_known(values: list[float | None] | None) -> bool:
+    return values is not None and None not in values
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ published tables. What is surprising in it:
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
@@ -118,7 +119,10 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """
-    Whether an answer is one of the references, upper case, punctuation and articles aside.
+    Whether an answer is one of the references, upper case, punctuation, symbols and articles aside.
+
+    Accents and vowel signs count, however they are encoded; a sign, a currency or a point in front of a number counts,
+    and so does any mark between a letter or digit and a digit, but for the comma of thousands.
 
     Args:
         prediction (`str`):
@@ -136,6 +140,8 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     ```python
     >>> from lever_grpo.metrics import exact_match
     >>> exact_match("The Cat.", ["dog", "cat"]), exact_match("black cat", ["cat"]), exact_match("3.5", ["35"])
+    (1.0, 0.0, 0.0)
+    >>> exact_match('"3"', ["3"]), exact_match("-3", ["3"]), exact_match("दिन", ["दान"])
     (1.0, 0.0, 0.0)
 
     ```
@@ -178,12 +184,28 @@ def _f1(a: list[str], b: list[str]) -> float:
     return 2 * shared / (len(a) + len(b)) if a or b else 1.0
 
 
+def is_letter_part(mark: str) -> bool:
+    """Whether a character makes another letter of the one before it, which Python's `\\w` does not say: an accent, a
+    vowel sign. A variation selector only changes its looks."""
+    return unicodedata.category(mark) in ("Mn", "Mc") and "VARIATION SELECTOR" not in unicodedata.name(mark, "")
+
+
 def _plain_words(text: str) -> list[str]:
     """Words in lower case without punctuation and articles, but never nothing of what has some: "+", "the"."""
-    text = text.lower()
-    # a mark before a digit stays, as in -5 and 3.5, but not the comma of 1,000
-    words = re.sub(r",(?=\d{3})|[^\w\s](?!\d)", "", text).split() or text.split()
+    text = unicodedata.normalize("NFC", text.lower())
+    padded = " " + re.sub(r",(?=\d{3})", "", text) + " "  # without the comma of 1,000
+    around = zip(padded, padded[1:-1], padded[2:], strict=False)
+    words = "".join(mark for before, mark, after in around if _counts(before, mark, after)).split() or text.split()
     return [word for word in words if word not in _ARTICLES] or words
+
+
+def _counts(before: str, mark: str, after: str) -> bool:
+    """Whether a character between two others is more than punctuation."""
+    if mark.isalnum() or mark.isspace() or is_letter_part(mark):
+        return True
+    # before a digit: whatever stands inside of a word, as in 1:30 and x^2; else -5, $5 and .5, but no quote or bracket
+    is_sign = mark == "." or unicodedata.category(mark) in ("Pd", "Sc", "Sm")
+    return after.isdecimal() and (before.isalnum() or is_sign)
 
 
 def _one_line(text: str) -> str:

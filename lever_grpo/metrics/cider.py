@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .answers import is_letter_part
 
+
+PARTS = "".join(filter(is_letter_part, map(chr, range(0x20000))))  # all of them: no script stands further behind
+WORD = rf"\w[\w{PARTS}]*"
 # abbreviations and numbers in one piece, the endings that the Penn Treebank splits off, words with their hyphens
-TOKEN = re.compile(r"(?:[^\W\d]\.){2,}|\d+(?:[.,:/]\d+)+(?:-\w+)*|n't\b|'(?:s|m|d|re|ve|ll)\b|\w+(?:-\w+)*")
+TOKEN = re.compile(
+    rf"(?:[^\W\d]\.){{2,}}|\d+(?:[.,:/]\d+)+(?:-{WORD})*|n't\b|'(?:s|m|d|re|ve|ll)\b|{WORD}(?:-{WORD})*"
+)
 
 
 class Cider:
@@ -119,4 +126,5 @@ def cider(
 
 def _words(text: str) -> str:
     """Lower case words with spaces between them, punctuation left out."""
-    return " ".join(TOKEN.findall(text.lower().replace("’", "'").replace("n't", " n't")))
+    text = unicodedata.normalize("NFC", text.lower())
+    return " ".join(TOKEN.findall(text.replace("’", "'").replace("n't", " n't")))

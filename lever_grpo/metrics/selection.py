@@ -57,11 +57,12 @@ def lookup_reward(
         sequences (`Sequence`, length Q):
             Per query, the logged sequences (other lengths may be among them).
         scores (`Sequence`, length Q):
-            Per query, the score of each logged sequence, or another logged column such as "correct".
+            Per query, the score of each logged sequence, or another logged column such as "correct", where `None` is a
+            value that is not known.
 
     Returns:
-        `tuple[NDArray, NDArray]`: values, NaN where the pick is not in the log, and the mask of those found; both of
-        the shape of `picks` without its last axis.
+        `tuple[NDArray, NDArray]`: values, NaN where the pick is not in the log or its value is not known, and the mask
+        of those found; both of the shape of `picks` without its last axis.
 
     Raises:
         ValueError: If the log scores one sequence twice, differently.
@@ -91,7 +92,7 @@ def lookup_reward(
             hits = logged_scores[same[index]]
             if len(hits) == 0:
                 continue
-            if not (hits == hits[0]).all():
+            if len(np.unique(hits)) > 1:  # NaN, a value that is not known, equals itself here
                 raise ValueError(
                     f"query {query}: the log scores sequence {chosen[index + (query,)].tolist()} {len(hits)} times, "
                     f"as {hits.tolist()}; a sequence has one score: remove the repeats from the log."

@@ -41,7 +41,7 @@ from ..models import ClipSelector, SelectorConfig, load_selector
 from ..report import MethodResult, build_report, print_report, stack_seeds, write_html, write_report
 from ..report.html import image_uri
 from ..scorers import Scorer
-from ..search import answer_accuracy, make_judge
+from ..search import make_judge
 from ..search.judges import Judge
 from .evaluate_arguments import BASELINES, METRICS, EvaluateArguments, parse_evaluate
 from .frozen_model import FrozenModelArguments, load_rows, make_scorer, open_store
@@ -229,9 +229,9 @@ def _some(ids: list[int]) -> str:
     return ", ".join(map(str, ids[:5])) + ", …" * (len(ids) > 5)
 
 
-def make_judges(metrics: Iterable[str], rows: Iterable[Example]) -> dict[str, Judge]:
+def make_judges(metrics: Iterable[str], rows: Collection[Example]) -> dict[str, Judge]:
     """What an answer is worth, by metric; `accuracy` always, as the gallery shows it."""
-    judges: dict[str, Judge] = {"accuracy": answer_accuracy, "token_f1": token_f1}
+    judges: dict[str, Judge] = {"accuracy": make_judge("accuracy", rows), "token_f1": token_f1}
     if "cider" in metrics:
         judges["cider"] = make_judge("cider", rows)
     return {name: judge for name, judge in judges.items() if name == "accuracy" or name in metrics}

@@ -143,7 +143,8 @@ class MethodResult:
             sequences, scores (`Sequence`, length Q):
                 Per query, the logged sequences and their scores (other lengths may be among them).
             correct (`Sequence`, length Q, *optional*):
-                Per query, whether each logged sequence led to the right answer.
+                Per query, whether each logged sequence led to the right answer, or `None` where that is not known. The
+                result has no accuracy if it is not known of a pick.
 
         Example:
         ```python
@@ -170,6 +171,8 @@ class MethodResult:
             for logged, values in zip(sequences, scores, strict=True)
         ]
         accuracy = None if correct is None else lookup_reward(table, sequences, correct)[0]
+        if accuracy is not None and np.isnan(accuracy).any():
+            accuracy = None
         return cls(name, rewards, score_percentile(rewards, same_length), accuracy, table)
 
     def to_dict(self) -> dict[str, Any]:

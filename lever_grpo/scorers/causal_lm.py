@@ -15,9 +15,10 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import PreTrainedModel, StoppingCriteria
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .greedy import generate_greedily, pad_token
 from .loading import load_language_model
 from .packing import ROW_LENGTH, Job, Row, batches_by_length, pad_rows, single_row, tree_rows
 from .prompts import PromptTemplate
@@ -323,26 +324,14 @@ class CausalLMScorer:
     def _generate(self, prompts: list[tuple[int, ...]], max_new_tokens: int) -> list[str]:
         stop, tokenizer = self.template.stop, self.tokenizer
         width = max(map(len, prompts))
-        defaults = self.model.generation_config
-        end = tokenizer.eos_token_id if defaults.eos_token_id is None else defaults.eos_token_id
-        pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+        pad = pad_token(tokenizer)
         ids = torch.tensor([(pad,) * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        greedy = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,  # a checkpoint's own settings may say otherwise
-            pad_token_id=pad,
-            eos_token_id=end,
-        )
         inputs = self._model_inputs({"input_ids": ids, "attention_mask": mask})
-        generated = self.model.generate(
-            **{name: x.to(self.model.device) for name, x in inputs.items()},
-            generation_config=greedy,
-            stopping_criteria=[_Stop(tokenizer, stop, width)] if stop else None,
-        )
-        texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+        inputs = {name: x.to(self.model.device) for name, x in inputs.items()}
+        criteria: list[StoppingCriteria] | None = [_Stop(tokenizer, stop, width)] if stop else None
+        generated = generate_greedily(self.model, tokenizer, inputs, max_new_tokens, criteria)
+        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [(text.split(stop)[0] if stop else text).strip() for text in texts]
 
 

@@ -16,10 +16,11 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from ..data.examples import Example
 from ..data.images import open_image
+from .greedy import generate_greedily, pad_token
 from .prompts import PromptTemplate
 from .protocol import Prompt, ScorerError
 
@@ -330,24 +331,10 @@ class VisionLanguageScorer:
 
     def _generate(self, jobs: list[_Job], max_new_tokens: int) -> list[str]:
         inputs = self._collate(jobs, "left")
-        end = self.model.generation_config.eos_token_id
-        greedy = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,  # a checkpoint's own settings may say otherwise
-            pad_token_id=self._pad,
-            eos_token_id=self.tokenizer.eos_token_id if end is None else end,
-        )
-        generated = self.model.generate(**inputs, generation_config=greedy)[:, inputs["input_ids"].shape[1] :]
+        generated = generate_greedily(self.model, self.tokenizer, inputs, max_new_tokens)
         texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
         stop = self.template.stop
         return [(text.split(stop)[0] if stop else text).strip() for text in texts]
-
-    @property
-    def _pad(self) -> int:
-        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(token for token in tokens if token is not None)
 
     def _collate(self, jobs: list[_Job], side: str) -> dict[str, Tensor]:
         """Token sequences padded on one side, (B, L); everything else (pixels, sizes of images) one after another."""
@@ -356,7 +343,7 @@ class VisionLanguageScorer:
         for name, first in jobs[0].inputs.items():
             rows = [job.inputs[name] for job in jobs]
             if first.shape == jobs[0].inputs["input_ids"].shape:
-                value = self._pad if name == "input_ids" else 0
+                value = pad_token(self.tokenizer) if name == "input_ids" else 0
                 free = [width - row.shape[1] for row in rows]
                 rows = [
                     torch.nn.functional.pad(row, (n, 0) if side == "left" else (0, n), value=value)

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..data.examples import Example
 from ..data.orders import to_prompt_order
 from ..scorers.protocol import Prompt, Scorer, ScorerError
 from ..scorers.scores import SCORES, mean_log_prob
-from .judges import COLUMNS, MAX_NEW_TOKENS, Judge, answer_accuracy
+from .judges import COLUMNS, MAX_NEW_TOKENS, Judge, make_judge
 
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,8 @@ def beam_search(
             Query id → more sequences of `num_shots` pool positions in search order, as a selector samples them; their
             `source` is `"selector"`.
         judge (`Callable`, *optional*):
-            What an answer is worth, as [`make_judge`] makes it of the whole task; `judge_by="cider"` needs it.
+            What an answer is worth, as [`make_judge`] makes it of the whole task; `judge_by="cider"` needs it. By
+            default it is made of these queries and pools.
 
     Returns:
         `tuple` of two lists of JSON-able dicts. A **record** for each query that was searched, as [`load_beams`] reads
@@ -185,7 +187,7 @@ def beam_search(
     if judge is None and config.judge != "none":
         if config.judge_by == "cider":
             raise ValueError('judge_by="cider" needs the judge of the whole task: judge=make_judge("cider", rows).')
-        judge = answer_accuracy
+        judge = make_judge("accuracy", chain(queries, *pools))
     try:
         return _search_together(scorer, queries, pools, config, proposals, judge)
     except ScorerError as error:

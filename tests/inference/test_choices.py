@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from planted import TRAIN, VALIDATION, make_selector, planted_rows, to_dataset
 
 from lever_grpo.inference import choose, evaluate_selectors
@@ -47,6 +48,20 @@ def test_results_on_fully_scored_queries(planted, heldout):
         assert results["grpo"].rewards[0, q] == row["scores"][i]
         assert results["grpo"].correct[0, q] == row["columns"]["correct"][i]
     assert (results["oracle"].rewards >= results["grpo"].rewards).all()
+
+
+def test_accuracy_is_left_out_where_it_is_not_known(planted, heldout):
+    """As in a log of which only the survivors were judged."""
+    known = [row["columns"]["correct"] for row in heldout]
+    rows = [{**row, "columns": {"correct": [*row["columns"]["correct"][:-1], None]}} for row in heldout]
+    results = evaluate_selectors({"sft": make_selector()}, to_dataset(rows), planted.collator)
+    assert [result.name for result in results] == ["zero_shot", "random", "sft", "oracle"]
+    assert [result.correct for result in results] == [None] * 4
+    # a second column that is known everywhere takes the place of the first
+    for row, values in zip(rows, known, strict=True):
+        row["columns"]["vqa_correct"] = values
+    results = by_name(evaluate_selectors({"sft": make_selector()}, Dataset.from_list(rows), planted.collator))
+    np.testing.assert_allclose(results["random"].correct[0], np.mean(known, axis=1))
 
 
 @torch.no_grad()

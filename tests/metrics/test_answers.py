@@ -164,6 +164,34 @@ def test_vqa_accuracy(answer, references, accuracy):
         ("+", ["-"], False),
         ("two", ["2"], False),
         ("t-shirt", ["tshirt"], True),
+        # vowel signs and accents are parts of letters, in either encoding
+        ("दिन", ["दान"], False),
+        ("ไม้", ["ไม่"], False),
+        ("மலை", ["மாலை"], False),
+        ("দিন", ["দান"], False),
+        ("عِلم", ["عَلم"], False),
+        ("दिन।", ["दिन"], True),
+        ("cafe\u0301", ["caf\u00e9"], True),
+        ("cafe", ["caf\u00e9"], False),
+        # … but not what only changes the looks of a symbol
+        ("rain \u2602\ufe0f", ["rain \u2602"], True),
+        ("\u2764\ufe0f", ["\u2602\ufe0f"], False),
+        ("3\ufe0f\u20e3", ["3"], True),
+        # quotes, brackets and emphasis around numbers
+        ('"3"', ["3"], True),
+        ("(3)", ["3"], True),
+        ("“3”", ["3"], True),
+        ("**3**", ["3"], True),
+        ("_3_", ["3"], True),
+        ("(-3)", ["-3"], True),
+        # marks that mean something there
+        ("-3", ["3"], False),
+        ("$3", ["3"], False),
+        (".5", ["5"], False),
+        ("1:30", ["130"], False),
+        ("1/2", ["12"], False),
+        ("5'10", ["510"], False),
+        ("x^2", ["x2"], False),
     ],
 )
 def test_exact_match(answer, references, right):

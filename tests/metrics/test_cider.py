@@ -70,6 +70,8 @@ def test_rare_words_weigh_more(package):
         ("A woman can’t ride 'STOP' bikes...", "a woman ca n't ride stop bikes"),
         ("It's the dogs' bowl,a U.S. one: a café\n", "it 's the dogs bowl a u.s. one a café"),
         ("?!", ""),
+        ("मेज़ पर किताब है।", "मेज़ पर किताब है"),
+        ("cafe\u0301 \u2764\ufe0f", "caf\u00e9"),
     ],
 )
 def test_words(text, words):

@@ -320,6 +320,41 @@ def test_answer_is_greedy_and_stops():
     assert 0 < stopped < len(prompts)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"encoder_repetition_penalty": 9.0},
+        {"suppress_tokens": [TOKENIZER.convert_tokens_to_ids(letter) for letter in "abcdeno"]},
+        {"forced_eos_token_id": 1, "max_length": 40},
+        {"max_time": 0.0},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"stop_strings": ["a"]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"return_dict_in_generate": True},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_answers_do_not_depend_on_the_checkpoint_s_generation_settings(setting):
+    scorer = CausalLMScorer(llama(), TOKENIZER, PromptTemplate(stop=""))
+    prompts = [Prompt(example(i)) for i in range(12)]
+    expected = scorer.answer(prompts, max_new_tokens=12)
+    scorer.model.generation_config.update(**setting)
+    kept = scorer.model.generation_config.to_dict()
+    assert scorer.answer(prompts, max_new_tokens=12) == expected
+    assert scorer.model.generation_config.to_dict() == kept  # the model is the caller's
+
+
+def test_the_end_token_is_the_checkpoint_s():
+    scorer = CausalLMScorer(llama(), TOKENIZER, PromptTemplate(stop=""))
+    prompts = [Prompt(example(i)) for i in range(12)]
+    whole = scorer.answer(prompts, max_new_tokens=12)
+    end = next(letter for letter in "".join(whole) if letter.isascii() and letter.isprintable())
+    scorer.model.generation_config.eos_token_id = [1, TOKENIZER.convert_tokens_to_ids(end)]
+    ended = [text.split(end)[0] + end * (end in text) for text in whole]
+    assert scorer.answer(prompts, max_new_tokens=12) == [text.strip() for text in ended] != whole
+
+
 def test_nan_is_passed_on():
     model = llama()
     model.model.norm.weight.data[0] = float("nan")

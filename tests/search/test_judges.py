@@ -4,6 +4,8 @@ import pytest
 from test_beam_search import ROWS, Known, load
 
 from lever_grpo.data import Example
+from lever_grpo.metrics import vqa_accuracy
+from lever_grpo.pipeline.evaluate import make_judges
 from lever_grpo.search import SearchConfig, answer_accuracy, beam_search
 from lever_grpo.search.judges import make_judge
 
@@ -50,6 +52,29 @@ def judge():
 def test_answer_accuracy(answer, references, accuracy):
     assert answer_accuracy(answer, references) == pytest.approx(accuracy)
     assert make_judge("accuracy")(answer, references) == pytest.approx(accuracy)
+
+
+def test_all_questions_of_a_task_have_one_metric():
+    # of ten people: load_vqa leaves the blank answer of one out, the official script counts it
+    said = ["dog", *["cat"] * 4, *["hat"] * 3, "dots"]
+    rows = [Example(0, "?", tuple(said)), *(Example(i, "?", ("yes",) * 10) for i in (1, 2))]
+    judge = make_judge("accuracy", rows)
+    for answer in ("dog", "a cat", "hat", "cow"):
+        assert judge(answer, said) == vqa_accuracy(answer, ["", *said])
+    assert judge("dog", said) == 0.3 and judge("Yes", ["yes"] * 10) == 0.0
+    # a row with many names of what is right is not judged by ten people
+    judge = make_judge("accuracy", [Example(0, "?", tuple("abcdefghijk")), *(Example(i, "?", ("a",)) for i in (1, 2))])
+    assert judge("c", tuple("abcdefghijk")) == 1.0
+
+
+@pytest.mark.parametrize("judged", ["search", "evaluation"])
+def test_who_judges_a_row_sees_the_whole_task(judged):
+    rows = [Example(i, "?", ("cat", *["dog"] * (8 if i == 0 else 9))) for i in range(4)]
+    if judged == "evaluation":
+        assert make_judges(["accuracy"], rows)["accuracy"]("cat", rows[0].answers) == 0.3
+        return
+    records, _ = beam_search(Known(), rows[:1], [rows[1:]], SearchConfig(1, judge="all"))
+    assert records[0]["columns"]["correct"] == [0.3, 0.3, None]
 
 
 @pytest.mark.parametrize("asked", ["survivors", "all"])
