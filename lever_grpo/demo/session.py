@@ -16,7 +16,7 @@ from ..data.examples import Example
 from ..inference import DemonstrationSelector, choose
 from ..inference.choices import FORWARD_INPUTS, policy_inputs
 from ..models import ClipSelector, SelectorModel
-from ..pipeline.evaluate import Queries, baseline_picks, load_queries
+from ..pipeline.evaluate import Queries, baseline_picks, load_queries, selector_collator
 from ..pipeline.evaluate_arguments import BASELINES, EvaluateArguments
 from ..pipeline.runs import similarity_baseline
 from ..report.results import method_order
@@ -174,14 +174,14 @@ class Session:
             raise ValueError("the question is blank: type one.")
         queries, collator = self.queries, self.queries.collator
         query = Example(len(queries.store), question.strip(), ("?",), image)
-        made = {name: self._retriever.encode(name, [query]) for name in collator.query_features}
+        made = {name: self._retriever.encode(name, [query]) for name in self._widths("query")}
         pool_size = max(map(len, queries.dataset["candidate_ids"]))
         (nearest,) = self._retriever.select([query], 1, pool_size=pool_size, embeddings=EmbeddingStore(made))
         # rows of their own: the query is row 0, its pool follows; what only candidates are seen by is 0 for the query
         ids = [row.id for row in nearest.pool]
         rows = [query, *nearest.pool]
         arrays = {}
-        for name, width in (collator.query_widths | collator.candidate_widths).items():
+        for name, width in (self._widths("query") | self._widths("candidate")).items():
             asked = made.get(name, np.zeros((1, width), np.float32))
             arrays[name] = np.concatenate([asked, queries.store.gather(ids, [name])])
         store = EmbeddingStore(arrays)
@@ -189,6 +189,14 @@ class Session:
         dataset = Dataset.from_list([{"query_id": 0, "candidate_ids": pool, "sequences": [], "scores": []}])
         one = Queries(dataset, store, replace(collator, store=store), queries.similarity, dict(enumerate(rows)))
         return self._shown(one, num_shots, answer_known=False)
+
+    def _widths(self, side: str) -> dict[str, int]:
+        """Names and widths of the embeddings that baselines and selectors see of a query, or of a candidate."""
+        seen = [getattr(self.queries.collator, f"{side}_widths")]
+        for selector in self.selectors.values():
+            if not isinstance(selector, ClipSelector):
+                seen.append(getattr(selector.config, f"{side}_features"))
+        return {name: width for features in seen for name, width in features.items()}
 
     def _query(self, query_id: int) -> Queries:
         return replace(self.queries, dataset=self.queries.dataset.select([self._place[query_id]]))
@@ -247,7 +255,7 @@ class Session:
         """How a selector sees one query and its pool: by embeddings or, one with encoders of its own, by the rows."""
         selector = self.selectors[name]
         if not isinstance(selector, ClipSelector):
-            return one.collator
+            return selector_collator(selector.config, one.store, f"selector {name}")
         (group,) = one.dataset
         # the ids are those of the group; a typed query and its pool are numbered anew
         rows = [replace(one.rows[i], id=i) for i in (group["query_id"], *group["candidate_ids"])]
@@ -260,7 +268,7 @@ class Session:
             place = Path(self.arguments.embeddings)
         else:  # no others have been opened
             place = load_sample(self.arguments.task).folder
-        needed = list(collator.query_features)
+        needed = list(self._widths("query"))
         sources = [*found, load_encoders(place if place.is_dir() else place.parent)]
         fitting = [source for source in sources if set(needed) <= source[0].keys()]
         if not fitting:

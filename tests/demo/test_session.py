@@ -13,7 +13,7 @@ from lever_grpo.data import EmbeddingStore, load_beams, load_examples
 from lever_grpo.demo import DemoArguments, Session, parse_demo
 from lever_grpo.demo.view import render
 from lever_grpo.inference import DemonstrationSelector, random_picks
-from lever_grpo.models import ClipSelector, load_selector
+from lever_grpo.models import ClipSelector, PointerSelector, PointerSelectorConfig, load_selector
 from lever_grpo.scorers import Prompt
 
 
@@ -53,6 +53,26 @@ def test_picks_are_those_of_selectors_and_baselines(session, task, shots):
             assert found[name].demonstrations == expected.demonstrations
         for choice in found.values():  # the first pick stands next to the query
             assert choice.demonstrations == tuple(pool[i] for i in reversed(choice.picks))
+
+
+def test_a_selector_sees_the_embeddings_of_its_own_config(task, tmp_path):
+    vectors = load_file(task["embeddings"])
+    own = {"answer": 3, "question": vectors["question"].shape[1]}  # not the order of the task's arguments
+    torch.manual_seed(3)
+    config = PointerSelectorConfig(
+        query_features={"question": own["question"]}, candidate_features=own, hidden_dim=16, dropout=0.0
+    )
+    PointerSelector(config).save_pretrained(tmp_path)
+    session = Session(DemoArguments(**task | {"sft": str(tmp_path)}))
+    selector = DemonstrationSelector.from_pretrained(tmp_path)
+    for query in session.query_ids:
+        shown = session.held_out(query, 2)
+        store = EmbeddingStore({name: array[[row.id for row in shown.pool]] for name, array in vectors.items()})
+        selector.set_candidates(list(shown.pool), store)
+        asked = EmbeddingStore({"question": vectors["question"][[query]]})
+        (expected,) = selector.select([shown.query], 2, pool_size=len(shown.pool), embeddings=asked)
+        assert choices(shown)["sft"].demonstrations == expected.demonstrations
+    assert len(choices(session.typed("which colour?", 2))["sft"].picks) == 2
 
 
 def test_log_probs_are_the_models_own(session, task):
@@ -177,13 +197,15 @@ def test_a_model_that_cannot_be_asked(task):
     assert render(shown, asked=True).count("could not be asked") == 4
 
 
-def test_what_does_not_fit_is_named(session, task):
+def test_what_does_not_fit_is_named(session, task, tmp_path):
     with pytest.raises(ValueError, match="no such query"):
         session.held_out(23, 1)
     with pytest.raises(ValueError, match="num_shots=7 must be from 1 to 6"):
         session.held_out(0, 7)
-    with pytest.raises(ValueError):  # of another task: at the start, not at the first press
-        Session(DemoArguments(**task | {"candidate_features": ["question"]}))
+    save_file({"question": load_file(task["embeddings"])["question"]}, tmp_path / "rows.safetensors")
+    other = {"candidate_features": ["question"], "embeddings": str(tmp_path / "rows.safetensors")}
+    with pytest.raises(ValueError, match="selector sft reads 'answer'"):  # at the start, not at the first press
+        Session(DemoArguments(**task | other))
 
 
 def test_arguments(task):
