@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .terminal import printable
@@ -193,7 +193,6 @@ def _run_with_config(args: argparse.Namespace) -> int:
 
     from .pipeline.launch import CommandArguments, launch
     from .pipeline.parsing import read_values, to_dataclasses
-    from .scorers import ScorerError
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     classes = args.classes()
@@ -202,12 +201,21 @@ def _run_with_config(args: argparse.Namespace) -> int:
         (options,) = to_dataclasses([CommandArguments], values)
         if options.launches:
             return launch(args.name, args.arguments, options)
-    try:
+    with _one_line():
         code = args.command(*to_dataclasses(classes, values))
-    except (ImportError, ScorerError) as error:
-        raise ValueError(error) from error  # something to install or to mend
     PartialState().destroy_process_group()  # a process that ends with its threads at work may abort, its work done
     return code
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Inside, what the user has to install or to mend is an error of one line."""
+    from .scorers import ScorerError
+
+    try:
+        yield
+    except (ImportError, ScorerError) as error:
+        raise ValueError(error) from error
 
 
 def _stdout_to_stderr(wanted: bool) -> contextlib.AbstractContextManager:
@@ -254,17 +262,18 @@ def select_command(args: argparse.Namespace) -> int:
     def opened(path: str | None) -> EmbeddingStore | None:
         return None if path is None else EmbeddingStore.open(path)
 
-    selector = DemonstrationSelector.from_pretrained(args.selector, construct_order=args.construct_order)
-    selector.set_candidates(load_examples(args.candidates), opened(args.candidate_embeddings))
-    picked = selector.select(
-        load_examples(args.queries, need_answers=False),
-        args.num_shots,
-        pool_size=args.pool_size,
-        sampler=args.sampler,
-        ratios=parse_ratios(args.ratios),
-        seed=args.seed,
-        embeddings=opened(args.query_embeddings),
-    )
+    with _one_line():  # encoders come in packages
+        selector = DemonstrationSelector.from_pretrained(args.selector, construct_order=args.construct_order)
+        selector.set_candidates(load_examples(args.candidates), opened(args.candidate_embeddings))
+        picked = selector.select(
+            load_examples(args.queries, need_answers=False),
+            args.num_shots,
+            pool_size=args.pool_size,
+            sampler=args.sampler,
+            ratios=parse_ratios(args.ratios),
+            seed=args.seed,
+            embeddings=opened(args.query_embeddings),
+        )
     write_selections(picked, args.out)
     print(json.dumps({"selections": args.out, "queries": len(picked)}, indent=2) if args.json else args.out)
     return 0
@@ -324,11 +333,16 @@ def add_push(commands: argparse._SubParsersAction) -> None:
 
 def push_command(args: argparse.Namespace) -> int:
     """Push a selector with its card, a run, a beam log as a dataset, or a report. Log in with `hf auth login`."""
+    from huggingface_hub.errors import HTTPError
+
     from .data import load_examples
     from .hub import push_folder
 
     options = {} if args.rows is None else {"rows": load_examples(args.rows)}
-    url = push_folder(args.folder, args.repo_id, repo_type=args.repo_type, private=args.private, **options)
+    try:
+        url = push_folder(args.folder, args.repo_id, repo_type=args.repo_type, private=args.private, **options)
+    except HTTPError as error:  # not all of them are an OSError
+        raise OSError(f"the Hub did not take {args.folder}: {type(error).__name__}: {error}") from error
     print(json.dumps({"repo_id": args.repo_id, "url": url}, indent=2) if args.json else url)
     return 0
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import HTTPError
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 from small_language_models import TOKENIZER, llama
@@ -261,6 +262,31 @@ def test_mistakes_are_one_line_or_a_traceback(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LEVER_GRPO_DEBUG", "1")
     with pytest.raises(ValueError, match="beam_dat"):
         main(["train", "--config", str(path)])
+
+
+def test_what_is_missing_is_one_line(tmp_path, capsys, monkeypatch):
+    """A Hub that is not there, a package that is not installed."""
+    PointerSelector(PointerSelectorConfig(embed_dim=4, hidden_dim=8)).save_pretrained(tmp_path)
+
+    class ConnectError(HTTPError):
+        """As the client has it; no `OSError`."""
+
+    def unreachable(*args, **kwargs):
+        raise ConnectError("Connection refused")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
+    capsys.readouterr()
+    assert main(["push", str(tmp_path), "me/x"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "ConnectError: Connection refused" in error
+
+    def absent(*args, **kwargs):
+        raise ImportError("pip install it")
+
+    monkeypatch.setattr(lever_grpo.DemonstrationSelector, "from_pretrained", absent)
+    assert main(["select", "x", "--queries", "q", "--candidates", "c", "--out", "o"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install it" in error
 
 
 @pytest.mark.parametrize("arguments", [[], ["inspct"], ["inspect"], ["inspect", "--strikt", "log.json"]])

@@ -273,6 +273,17 @@ def test_dry_run_writes_nothing(planted_files, tmp_path, monkeypatch, caplog, op
     assert f"steps of RCE, early and late GRPO: {steps}" in caplog.text
 
 
+@pytest.mark.parametrize("reason", ["unknown", "not installed"])
+def test_dry_run_finds_trackers_that_are_not_there(planted_files, tmp_path, monkeypatch, reason):
+    args = make_args(tmp_path, report_to="tensorboard")
+    if reason == "unknown":
+        args.report_to = ["foo"]
+    else:
+        monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
+    with pytest.raises(ValueError, match=r"foo is not supported|report_to=\['tensorboard'\]"):
+        run(make_recipe(planted_files, dry_run=True), args)
+
+
 def test_dry_run_finds_mistakes(planted_files, tmp_path):
     with pytest.raises(ValueError, match="needs the column 'absent'"):
         run(make_recipe(planted_files, dry_run=True), make_args(tmp_path, reward="absent"))

@@ -42,6 +42,8 @@ _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 _BLANKS = b" \t\r\n"
 BLOCK_BYTES = 1 << 18
 MAX_RECORD_BYTES = 1 << 24
+# what `lever-grpo generate` and the sample have in a log's folder beside it
+BESIDE_LOGS = ("manifest.json", "failures.json", "encoders.json")
 DAMAGED = "is the file damaged, or cut short?"
 _UNPACKING = (EOFError, gzip.BadGzipFile, zlib.error)  # of a gzip file that is cut short or damaged
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -391,7 +393,13 @@ def local_files(paths: Any) -> list[str]:
     for item in paths:
         path = Path(item).expanduser()
         if path.is_dir():
-            matches = sorted(p for p in path.iterdir() if p.name.endswith((".json", ".jsonl", ".parquet", ".gz")))
+            matches = sorted(
+                p
+                for p in path.iterdir()
+                if p.name.endswith((".json", ".jsonl", ".parquet", ".gz"))
+                and not p.name.startswith(".")
+                and p.name not in BESIDE_LOGS
+            )
         elif path.exists():
             matches = [path]
         else:

@@ -101,6 +101,7 @@ def selector_card(
     *,
     run: str | os.PathLike | None = None,
     training: Training | None = None,
+    config: SelectorConfig | None = None,
     language: str | None = None,
     license: str | None = None,
     tags: Sequence[str] = (),
@@ -118,6 +119,8 @@ def selector_card(
             there.
         training ([`Training`], *optional*):
             What is known without a report.
+        config ([`SelectorConfig`], *optional*):
+            That of the selector, where the folder holds an adapter alone. By default the folder's.
         language, license (`str`, *optional*), tags (`Sequence[str]`, *optional*):
             Metadata of the card.
 
@@ -140,7 +143,8 @@ def selector_card(
     ```
     """
     folder = Path(selector)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config is None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     report = _read_json(None if run is None else Path(run, REPORT_FILE))
     log = _read_json(None if run is None else Path(run, LOG_FILE))
     name = repo_id.rsplit("/", 1)[-1]
@@ -233,17 +237,18 @@ def _report_results(report: Mapping[str, Any], stage: str) -> list[EvalResult]:
 
 def _training_results(training: Training | None) -> list[EvalResult]:
     metrics = {} if training is None else training.metrics
-    return _eval_results("beam-log", {key: (key.removeprefix("eval_"), value) for key, value in metrics.items()})
+    values = {key: (key.removeprefix("eval_"), value) for key, value in metrics.items()}
+    return _eval_results("beam-log", values, split="validation")
 
 
-def _eval_results(dataset: str, values: Mapping[str, tuple[str, float]]) -> list[EvalResult]:
+def _eval_results(dataset: str, values: Mapping[str, tuple[str, float]], split: str = "heldout") -> list[EvalResult]:
     return [
         EvalResult(
             task_type="demonstration-selection",
             task_name="Demonstration selection",
             dataset_type=dataset,
             dataset_name=dataset,
-            dataset_split="heldout",
+            dataset_split=split,
             metric_type=key,
             metric_name=name,
             metric_value=round(value, 6),
@@ -276,6 +281,20 @@ def _describe(folder: Path, config: SelectorConfig, report: Mapping[str, Any] | 
 
 def _usage(folder: Path, config: SelectorConfig, repo_id: str) -> str:
     """Python that runs as it stands."""
+    adapter = _read_json(folder / "adapter_config.json")
+    if adapter is not None:
+        start = adapter.get("base_model_name_or_path") or "the/selector-it-started-from"
+        start = Path(start).name if os.path.isabs(start) else start
+        return f"""\
+This is an adapter: it changes the selector that its training started from.
+
+```python
+from peft import PeftModel
+from lever_grpo import DemonstrationSelector
+
+selector = DemonstrationSelector.from_pretrained("{start}")
+selector.selector = PeftModel.from_pretrained(selector.selector, "{repo_id}").merge_and_unload()
+```"""
     shots = min(2, config.max_shots)
     sees_rows = isinstance(config, ClipSelectorConfig)
     if sees_rows and "image" in config.modalities:

@@ -195,6 +195,8 @@ def push_folder(folder: str | os.PathLike, repo_id: str, *, repo_type: str | Non
     push: Callable[..., str]
     if path.is_file() or (path / "manifest.json").exists():
         push, fits = push_log, "dataset"
+    elif "rows" in options:
+        raise ValueError(f"{path} is no beam log (a file, or a folder with manifest.json), whose rows could be named.")
     elif _selector_in(path) is not None:
         push, fits = push_selector, "model"
     elif (path / REPORT_FILE).exists():

@@ -69,8 +69,8 @@ def fetch_run(
     shutil.rmtree(partial, ignore_errors=True)
     checkpoints = partial / "checkpoints" / stage
     for folder in found:
-        step = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
-        shutil.copytree(folder, checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{step}", dirs_exist_ok=True)
+        place = checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{_step_of(folder, repo_id)}"
+        shutil.copytree(folder, place, dirs_exist_ok=True)
     others = {"rce": checkpoints / "rce", "sft": partial / "sft", "checkpoints": partial / "checkpoints"}
     for name, place in others.items():
         if (there / name).exists():
@@ -80,3 +80,18 @@ def fetch_run(
         output.rmdir()
     os.replace(partial, output)
     return output
+
+
+def _step_of(checkpoint: Path, repo_id: str) -> int:
+    """The step that a checkpoint names. It becomes a folder's name, and a stranger may have written it."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        state = None
+    step = state.get("global_step") if isinstance(state, dict) else None
+    if type(step) is not int or step < 0:
+        raise ValueError(
+            f"{repo_id}: {checkpoint.name}/{TRAINER_STATE_NAME}: expected an object whose global_step is a whole "
+            f"number from 0 on, found {repr(step)[:60]}; the checkpoint is damaged, or somebody meant harm."
+        )
+    return step

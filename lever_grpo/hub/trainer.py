@@ -151,10 +151,15 @@ class HubTrainer(Trainer):
             return job
         return None if job.exception() is not None else job.result()
 
-    def create_model_card(self, language=None, license=None, tags=None, model_name=None):  # type: ignore[override]
-        """Writes `README.md` and `curves.png` to the output folder; what fails there is logged and stops nothing."""
+    def create_model_card(  # type: ignore[override]
+        self, language=None, license=None, tags=None, model_name=None, **others
+    ):
+        """Writes `README.md` and `curves.png` to the output folder; what fails there is logged and stops nothing. The
+        `others` of [`~transformers.Trainer`] are not used: the card says itself what was learned from."""
         if not self.is_world_process_zero():
             return
+        if unused := [name for name, value in others.items() if value is not None]:
+            logger.warning("The card of a selector has no place for %s; add it to README.md.", ", ".join(unused))
         try:
             tags = [tags] if isinstance(tags, str) else tags or ()
             self._write_card(model_name, language=language, license=license, tags=tags)
@@ -182,4 +187,6 @@ class HubTrainer(Trainer):
             figures=() if curves is None else ("curves.png",),
         )
         repo_id = self.hub_model_id or model_name or args.hub_model_id or output.absolute().name
-        selector_card(output, repo_id, training=training, **metadata).save(output / CARD_FILE)
+        model: Any = self.model
+        config = model.config  # that of the selector, also where an adapter is trained
+        selector_card(output, repo_id, training=training, config=config, **metadata).save(output / CARD_FILE)

@@ -1,7 +1,9 @@
 """What all selectors share: log-probabilities of given sequences, and decoding without repeats."""
 
+import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from transformers.utils import ModelOutput
 from .configuration_selector import SelectorConfig
 from .input_checks import check_pools, check_sequences, check_temperature
 from .similarity_prior import PriorEncoding, SimilarityPrior
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -339,6 +344,18 @@ class SelectorModel(PreTrainedModel):
         ends = torch.arange(sequences.shape[-1] + 1, device=sequences.device) == lengths  # (B, G, S + 1)
         ends &= (lengths > 0) & (lengths < self.config.max_shots)
         return F.pad(sequences, (0, 1)).masked_fill(ends, pool), F.pad(mask, (0, 1)) | ends
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # the one place that `push_to_hub` has for a card of our own, in the same commit
+        card = Path(working_dir, "README.md")
+        if card.exists() and "[More Information Needed]" in card.read_text(encoding="utf-8"):  # nobody's yet
+            from ..hub.cards import selector_card
+
+            try:
+                selector_card(working_dir, repo_id).save(card)
+            except Exception:
+                logger.warning("The model card could not be written; the selector goes without.", exc_info=True)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @torch.no_grad()
     def select(

@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..atomic import one_run, refuse_links
 from ..data import DataCollatorForBeams, load_sample
@@ -202,6 +203,7 @@ def _dry_run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTCon
     quiet.eval_strategy = quiet.save_strategy = "no"
     quiet.load_best_model_at_end = quiet.eval_on_start = quiet.push_to_hub = False
     quiet.resume_from_checkpoint = None
+    _check_trackers(args.report_to)
     quiet.report_to = []
     if recipe.sft_ckpt is None:
         supervised = quiet if isinstance(quiet, SelectorSFTConfig) else sft_config(recipe, quiet)
@@ -223,6 +225,15 @@ def _dry_run(recipe: RecipeArguments, args: GroupBeamGRPOConfig | SelectorSFTCon
         *sizes,
         stages,
     )
+
+
+def _check_trackers(names: str | list[str] | None) -> None:
+    """Raises a `ValueError` that names a tracker which is unknown or not installed."""
+    try:
+        for callback in get_reporting_integration_callbacks(names):
+            callback()
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"report_to={names!r}: {error}") from error
 
 
 def _two_steps_a_stage(args: GroupBeamGRPOConfig) -> GroupBeamGRPOConfig:

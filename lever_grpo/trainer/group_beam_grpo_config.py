@@ -1,5 +1,6 @@
 """Arguments of the GroupBeamGRPOTrainer."""
 
+import math
 from dataclasses import dataclass, field
 
 from ..objectives.policy_losses import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
@@ -211,10 +212,10 @@ class GroupBeamGRPOConfig(SelectorTrainingArguments):
     num_groups_to_log: int = field(default=2, metadata={"help": "Groups of a table, with all their sequences."})
 
     def __post_init__(self):
-        if self.rce_epochs < 0 or self.grpo_epochs < 0 or self.rce_epochs + self.grpo_epochs <= 0:
+        if not (min(self.rce_epochs, self.grpo_epochs) >= 0 and 0 < self.rce_epochs + self.grpo_epochs < math.inf):
             raise ValueError(
-                f"rce_epochs={self.rce_epochs} and grpo_epochs={self.grpo_epochs}: both must be at least 0, and one "
-                "of them above."
+                f"rce_epochs={self.rce_epochs} and grpo_epochs={self.grpo_epochs}: both must be numbers of at "
+                "least 0, and one of them above."
             )
         planned = self.rce_epochs + self.grpo_epochs
         if self.num_train_epochs not in (0.0, planned):

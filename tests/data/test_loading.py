@@ -97,6 +97,8 @@ def test_odd_file_names_folders_patterns_and_splits(load, tmp_path):
     odd = write(folder / "vqa-a-b-c-scorer:x-construct_order:left [2] *.json")
     write(folder / "b.json", 8)
     assert load(odd)["query_id"][:] == [7]
+    for beside in ("manifest.json", "failures.json", "encoders.json", ".settings.json"):
+        (folder / beside).write_text("[]")
     assert sorted(load(folder)["query_id"]) == [7, 8]
     (tmp_path / "more").mkdir()
     write(tmp_path / "more" / "c.json", 9)

@@ -14,6 +14,8 @@ import yaml
 from hub_server import TOKEN, Hub, client_environment
 from PIL import Image
 
+from lever_grpo.hub import fetch_run
+
 
 HERE = Path(__file__).parent
 
@@ -84,6 +86,22 @@ def test_every_save_is_a_commit_and_the_end_is_the_run(pushed, hub):
 
 def weights_by_step(repository) -> dict[str, dict]:
     return {message: repository.trees[oid] for oid, message in repository.commits if message.startswith("step ")}
+
+
+@pytest.mark.parametrize(
+    "state", [{"global_step": "x/../../../../../planted"}, {"global_step": -1}, {"global_step": True}, {}, [], "text"]
+)
+def test_a_checkpoint_of_the_hub_writes_nowhere_else(state, tmp_path, monkeypatch):
+    there, output = tmp_path / "there", tmp_path / "a" / "b" / "out"
+    (there / "last-checkpoint").mkdir(parents=True)
+    (there / "last-checkpoint" / "trainer_state.json").write_text(json.dumps(state))
+    monkeypatch.setattr("lever_grpo.hub.resume.snapshot_download", lambda *args, **kwargs: str(there))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        ValueError, match="me/evil: last-checkpoint/trainer_state.json: expected an object whose global"
+    ):
+        fetch_run("me/evil", output)
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [p for p in before if p.is_file()]
 
 
 def test_every_save_without_checkpoints(pushed, hub):
@@ -242,8 +260,10 @@ def test_card_of_a_trainer(pushed, hub):
     assert '"kl_estimator"' in text
 
 
-def test_push_to_hub_of_the_model(pulled):
+def test_push_to_hub_of_the_model(pulled, hub):
     assert pulled["model_round_trip"]
+    card = hub.files("me/by-the-model")["README.md"].decode()
+    assert 'DemonstrationSelector.from_pretrained("me/by-the-model")' in card and "More Information Needed" not in card
 
 
 # ---- logs ----

@@ -5,13 +5,14 @@ import re
 import shutil
 
 import pytest
-from planted import make_selector
+from peft import LoraConfig
+from planted import make_selector, make_trainer
 from small_clip import make_clip, make_processor
 
 from lever_grpo import load_sample
 from lever_grpo.data import Example
 from lever_grpo.hub import fetch_run, push_folder, push_log, push_report, push_selector, selector_card
-from lever_grpo.models import ClipSelector
+from lever_grpo.models import ClipSelector, load_selector
 
 
 @pytest.fixture
@@ -77,3 +78,27 @@ def test_mistakes_are_named(folder, tmp_path, planted_files):
         push_log(planted_files["train"], "me/x", rows=[Example(0, "?", ("?",))])
     with pytest.raises(FileExistsError, match="is not empty"):
         fetch_run("me/x", folder)
+
+
+def test_card_of_an_adapter(planted, tmp_path):
+    """It says what the adapter belongs to; arguments of other cards are named, and stop nothing."""
+    make_selector().save_pretrained(tmp_path / "start")
+    options = {"peft_config": LoraConfig(r=2, target_modules="all-linear"), "max_steps": 1, "eval_strategy": "no"}
+    model = load_selector(tmp_path / "start")
+    trainer = make_trainer(tmp_path / "out", planted, model, save_strategy="no", **options)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(dataset="a log", model_name="me/adapter")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'PeftModel.from_pretrained(selector.selector, "me/adapter")' in card and "rce_epochs" in card
+    snippet = card.split("```python\n")[1].split("```")[0]
+    for name, folder in (("start", tmp_path / "start"), ("me/adapter", tmp_path / "out")):
+        snippet = snippet.replace(f'"{name}"', repr(str(folder)))
+    scope: dict = {}
+    exec(snippet, scope)
+    assert scope["selector"].selector.config.model_type == trainer.model.config.model_type
+
+
+def test_rows_belong_to_logs(folder):
+    with pytest.raises(ValueError, match="is no beam log"):
+        push_folder(folder, "me/x", rows=[])

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from planted import make_args
 from transformers import HfArgumentParser
@@ -80,7 +82,7 @@ def test_another_length_is_refused(epochs, tmp_path):
         make_args(tmp_path, rce_epochs=1, grpo_epochs=3, num_train_epochs=epochs)
 
 
-@pytest.mark.parametrize("rce, grpo", [(0, 0), (-1, 2), (1, -1)])
+@pytest.mark.parametrize("rce, grpo", [(0, 0), (-1, 2), (1, -1), (math.nan, 1), (1, math.inf)])
 def test_lengths_of_stages_are_checked(rce, grpo, tmp_path):
     with pytest.raises(ValueError, match=f"rce_epochs={rce} and grpo_epochs={grpo}"):
         make_args(tmp_path, rce_epochs=rce, grpo_epochs=grpo)
