@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from ..objectives import (
     compute_softmax_weights,
@@ -117,6 +119,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
         self.old_policy = copy.deepcopy(self.reference)
         self._begun_step = -1
         self._batch_std: Tensor | None = None
+        self._held_out_stds: dict[int, tuple[Any, Tensor]] = {}  # with the logs, so that their numbers stay theirs
         self._max_length = 0
 
         epochs = (args.rce_epochs, args.grpo_epochs)
@@ -356,12 +359,30 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
 
     def _std_of_step(self, batch_samples: list, device: torch.device) -> Tensor:
         """Std of all rewards of a step, over micro-batches and processes."""
-        rewards = torch.cat(
-            [self.group_rewards(batch)[batch["sequence_mask"].any(-1)].double() for batch in batch_samples]
-        )
-        moments = torch.stack([torch.ones_like(rewards), rewards, rewards.square()]).sum(-1).to(device)  # (3,)
-        count, total, squares = self.accelerator.reduce(moments, reduction="sum")
-        return ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0).sqrt().clamp(min=1e-37)
+        moments: Any = self.accelerator.reduce(self._moments(batch_samples).to(device), reduction="sum")
+        return _std_of(moments)
+
+    def _std_of_log(self, log: TorchDataset) -> Tensor:
+        """Std of all rewards of a held-out log: neither its batches nor a training step have a say in its losses."""
+        rows = getattr(log, "dataset", log)  # what a `LazyDataset` is made of
+        if id(rows) not in self._held_out_stds:
+            loader = DataLoader(log, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+            self._held_out_stds[id(rows)] = (rows, _std_of(self._moments(loader)).to(self.args.device))
+        return self._held_out_stds[id(rows)][1]
+
+    def _moments(self, batches: Iterable[dict[str, Any]]) -> Tensor:
+        """Number, sum and sum of squares of all rewards, (3,)."""
+        rewards = torch.cat([self.group_rewards(batch)[batch["sequence_mask"].any(-1)].double() for batch in batches])
+        return torch.stack([torch.ones_like(rewards), rewards, rewards.square()]).sum(-1)
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        of_training = self._batch_std
+        if self.args.scale_rewards == "batch":
+            self._batch_std = self._std_of_log(dataloader.dataset)
+        try:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self._batch_std = of_training
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.state.global_step != self._begun_step:
@@ -475,6 +496,12 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
     @property
     def _frozen_policies(self) -> dict[str, nn.Module]:
         return {"reference": self.reference, "old_policy": self.old_policy}
+
+
+def _std_of(moments: Tensor) -> Tensor:
+    """From number, sum and sum of squares; above 0."""
+    count, total, squares = moments
+    return ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0).sqrt().clamp(min=1e-37)
 
 
 def _mean_over_steps(values: Tensor, step_mask: Tensor) -> Tensor:

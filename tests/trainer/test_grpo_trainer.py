@@ -364,6 +364,21 @@ def test_evaluation_alone_knows_the_longest_sequence(planted, tmp_path):
     assert np.isfinite(trainer.evaluate()["eval_loss"])
 
 
+def test_held_out_advantages_depend_on_no_batch_and_no_step(planted, tmp_path):
+    """With advantages in units of the batch's std, too; a group has another std in each stage, and only that."""
+    model, found = make_selector(), []
+    options = {"scale_rewards": "batch", "rce_epochs": 0, "learning_rate": 1e-12, "weight_decay": 0.0}
+    for size in (1, 3, 8):
+        trainer = make_trainer(tmp_path / str(size), planted, model, per_device_eval_batch_size=size, **options)
+        alone = trainer.evaluate()["eval_advantage_std"]
+        trainer.train()
+        found.append([alone, *(log["eval_advantage_std"] for log in eval_logs(trainer))])
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
+    rewards = torch.tensor([score for row in planted.validation for score in row["scores"]])
+    spread = torch.stack([torch.tensor(row["scores"]).std(correction=0) for row in planted.validation]).mean()
+    assert found[0][-1] == pytest.approx((spread / rewards.std()).item(), rel=1e-4)
+
+
 def test_checkpoints_of_weights_alone_are_named(planted, tmp_path):
     make_trainer(tmp_path, planted, save_only_model=True).train()
     with pytest.raises(FileNotFoundError, match="save_only_model=True"):
