@@ -168,8 +168,21 @@ class SelectorTrainer(HubTrainer):
     def group_rewards(self, inputs: dict[str, Any]) -> Tensor:
         """The multi-level reward of every sequence, (B, G)."""
         mask = inputs["sequence_mask"].any(-1)  # (B, G)
-        aggregation = self.args.multi_objective_aggregation
-        return combine_rewards(self.reward_levels(inputs), self.reward_weights, mask, aggregation=aggregation)
+        aggregation, levels = self.args.multi_objective_aggregation, self.reward_levels(inputs)
+        try:
+            return combine_rewards(levels, self.reward_weights, mask, aggregation=aggregation)
+        except ValueError as error:  # it knows a place in the batch, and a reader of it wants one in the log
+            columns = {"beam": self.args.reward, "task": self.args.task_reward}
+            for name, level in levels.items():
+                bad = (mask & ~level.isfinite()).nonzero().tolist()
+                if bad:
+                    row, beam = bad[0]
+                    raise ValueError(
+                        f"query {inputs['query_ids'][row]}, sequence {beam}: the {name!r} level of the reward "
+                        f"({columns.get(name, name)}) is {level[row, beam].item()}; drop sequences without it, or take "
+                        "another reward."
+                    ) from error
+            raise
 
     def reward_levels(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The levels of the reward that have a weight, (B, G) each, before it."""

@@ -364,6 +364,15 @@ def test_evaluation_alone_knows_the_longest_sequence(planted, tmp_path):
     assert np.isfinite(trainer.evaluate()["eval_loss"])
 
 
+def test_a_reward_that_is_not_known_is_named(planted, tmp_path):
+    rows = [{**row, "columns": {"correct": [1.0] * 6}} for row in planted.rows]
+    rows[5]["columns"] = {"correct": [1.0, 1.0, None, 0.0, 0.0, 0.0]}
+    trainer = make_trainer(tmp_path, planted, train=to_dataset(rows), reward="correct", **QUIET)
+    message = rf"query {rows[5]['query_id']}, sequence 2: the 'beam' level of the reward \(correct\) is nan"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
 def test_held_out_advantages_depend_on_no_batch_and_no_step(planted, tmp_path):
     """With advantages in units of the batch's std, too; a group has another std in each stage, and only that."""
     model, found = make_selector(), []
