@@ -179,8 +179,8 @@ class SelectorTrainer(HubTrainer):
                     row, beam = bad[0]
                     raise ValueError(
                         f"query {inputs['query_ids'][row]}, sequence {beam}: the {name!r} level of the reward "
-                        f"({columns.get(name, name)}) is {level[row, beam].item()}; drop sequences without it, or take "
-                        "another reward."
+                        f"({columns.get(name, name)}) is {level[row, beam].item()}; drop sequences without it, or "
+                        "take another reward."
                     ) from error
             raise
 
