@@ -61,16 +61,17 @@ def task(tmp_path) -> dict:
     return make_task(tmp_path)
 
 
-def make_task(tmp_path, pool_size=POOL) -> dict:
+def make_task(tmp_path, pool_size=POOL, queries=QUERIES) -> dict:
     rng = np.random.default_rng(0)
-    answers = [COLOURS[i % 3] for i in range(ROWS)]
+    count = queries + ROWS - QUERIES  # of rows; the first ones are the queries
+    answers = [COLOURS[i % 3] for i in range(count)]
     rows = [{"id": i, "question": f"colour {i}?", "answers": [answer]} for i, answer in enumerate(answers)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    embeddings = {name: rng.standard_normal((ROWS, 8)).astype(np.float32) for name in ("question", "image")}
+    embeddings = {name: rng.standard_normal((count, 8)).astype(np.float32) for name in ("question", "image")}
     save_file(embeddings, str(tmp_path / "rows.safetensors"))
     records = []
-    for query in range(QUERIES):
-        pool = (QUERIES + rng.permutation(ROWS - QUERIES)[:pool_size]).tolist()
+    for query in range(queries):
+        pool = (queries + rng.permutation(ROWS - QUERIES)[:pool_size]).tolist()
         pairs = [[i, j] for i in range(pool_size) for j in range(pool_size) if i != j]
         sequences = [[i] for i in range(pool_size)] + pairs
         scores = [
@@ -260,9 +261,13 @@ def test_goes_on_after_a_failure(task, tmp_path):
     assert files(task["output_dir"]) == files(whole)
 
 
-def test_goes_on_after_a_kill(task, tmp_path):
-    whole = tmp_path / "whole"
-    evaluate(EvaluateArguments(**{**task, "output_dir": str(whole)}), Reader())
+def test_goes_on_after_a_kill(tmp_path):
+    """200 queries, 8 methods, 2 numbers of shots."""
+    task, whole = make_task(tmp_path, queries=200), tmp_path / "whole"
+    evaluation = evaluate(EvaluateArguments(**{**task, "output_dir": str(whole)}), Reader())
+    for shots in ("1", "2"):
+        report = evaluation["metrics"]["accuracy"][shots]
+        assert report["n_queries"] == 200 and len(report["methods"].keys() - {"zero_shot"}) == 8
     script = tmp_path / "slow.py"
     script.write_text(
         "import json, sys, time; sys.path.insert(0, sys.argv[1])\n"

@@ -65,12 +65,12 @@ def fetch_run(
             f"{repo_id} holds no checkpoint to go on from; push with --hub_strategy checkpoint, or leave "
             "resume_from_hub out."
         )
+    steps = {folder: _step_of(folder, repo_id) for folder in found}  # before anything is written
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     checkpoints = partial / "checkpoints" / stage
-    for folder in found:
-        place = checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{_step_of(folder, repo_id)}"
-        shutil.copytree(folder, place, dirs_exist_ok=True)
+    for folder, step in steps.items():
+        shutil.copytree(folder, checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{step}", dirs_exist_ok=True)
     others = {"rce": checkpoints / "rce", "sft": partial / "sft", "checkpoints": partial / "checkpoints"}
     for name, place in others.items():
         if (there / name).exists():

@@ -113,7 +113,7 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
         **kwargs,
     ):
         self.row_texts = row_texts
-        self.policy_control = PolicyControl(**self._start_of(args))
+        self.policy_control = _control_at_start(args)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, peft_config, **kwargs)
         self.reference = copy.deepcopy(self.model).requires_grad_(False).eval().to(self.args.device)
         self.old_policy = copy.deepcopy(self.reference)
@@ -161,15 +161,9 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
             self.add_callback(self._group_table)
             self.data_collator = CollatorWithCandidateIds(self.data_collator)
 
-    @staticmethod
-    def _start_of(args: GroupBeamGRPOConfig) -> dict[str, Any]:
-        """Values of `PolicyControl` at the start of training."""
-        stage = "rce" if args.rce_epochs > 0 else "grpo_early" if args.curriculum_epochs > 0 else "grpo_late"
-        return {"stage": stage, "temperature": args.rce_temperature_start, "beta": args.beta}
-
     def train(self, *args, **kwargs):
-        start = PolicyControl(**self._start_of(self.args))  # not what an earlier training came to
-        vars(self.policy_control).update(vars(start))
+        # not what an earlier training came to; the callbacks hold this object
+        vars(self.policy_control).update(vars(_control_at_start(self.args)))
         return super().train(*args, **kwargs)
 
     # ---- the objective ----
@@ -366,7 +360,9 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
         """Std of all rewards of a held-out log: neither its batches nor a training step have a say in its losses."""
         rows = getattr(log, "dataset", log)  # what a `LazyDataset` is made of
         if id(rows) not in self._held_out_stds:
-            loader = DataLoader(log, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+            own = torch.Generator()  # a loader draws a seed, and that must not move training's random numbers
+            size = self.args.per_device_eval_batch_size
+            loader = DataLoader(log, size, collate_fn=self.data_collator, generator=own)
             self._held_out_stds[id(rows)] = (rows, _std_of(self._moments(loader)).to(self.args.device))
         return self._held_out_stds[id(rows)][1]
 
@@ -496,6 +492,11 @@ class GroupBeamGRPOTrainer(SelectorTrainer):
     @property
     def _frozen_policies(self) -> dict[str, nn.Module]:
         return {"reference": self.reference, "old_policy": self.old_policy}
+
+
+def _control_at_start(args: GroupBeamGRPOConfig) -> PolicyControl:
+    stage = "rce" if args.rce_epochs > 0 else "grpo_early" if args.curriculum_epochs > 0 else "grpo_late"
+    return PolicyControl(stage=stage, temperature=args.rce_temperature_start, beta=args.beta)
 
 
 def _std_of(moments: Tensor) -> Tensor:
