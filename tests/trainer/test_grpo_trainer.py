@@ -383,8 +383,9 @@ def test_held_out_advantages_depend_on_no_batch_and_no_step(planted, tmp_path):
         trainer.train()
         found.append([alone, *(log["eval_advantage_std"] for log in eval_logs(trainer))])
     assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
+    fresh = make_trainer(tmp_path, planted, model, **options)
     before = torch.get_rng_state()
-    make_trainer(tmp_path, planted, model, **options)._std_of_log(planted.validation)
+    fresh._std_of_log(planted.validation)
     assert torch.equal(torch.get_rng_state(), before)  # else a resumed run would go another way
     rewards = torch.tensor([score for row in planted.validation for score in row["scores"]])
     spread = torch.stack([torch.tensor(row["scores"]).std(correction=0) for row in planted.validation]).mean()
